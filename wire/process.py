@@ -1,0 +1,66 @@
+"""What every Foreshore process promises its supervisor: a port file, and not to outlive it.
+
+`write_port_file` is the sign that a server accepts connections; `die_with_parent` asks the kernel for a signal when the
+parent ends, however it ends (Linux `prctl(PR_SET_PDEATHSIG)`; elsewhere a no-op that says so by its result).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(signum: int = signal.SIGTERM) -> bool:
+    """Have the kernel send `signum` to this process when its parent ends; True where that is possible.
+
+    The parent may have died before the call took effect: then this process ends at once.
+    """
+    if sys.platform != "linux":
+        return False
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum) != 0:
+        return False
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signum)
+    return True
+
+
+def write_port_file(path: Path, host: str, port: int) -> None:
+    """Say where this process listens, as JSON `{"host", "port", "pid"}`; the file appears whole or not at all."""
+    replace_durably(path, json.dumps({"host": host, "port": port, "pid": os.getpid()}).encode())
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that nobody listens on now. Prefer `--port 0` with a port file; this is for peers told in advance."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def replace_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write `data` to `path` so that a power cut leaves the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
