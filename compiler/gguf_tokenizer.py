@@ -1,0 +1,106 @@
+"""The tokenizer inside a GGUF file, as the files a Hugging Face folder holds.
+
+Owns the mapping from GGUF's tokenizer fields to `tokenizer.json` and `tokenizer_config.json`: byte-level BPE (the
+vocabulary kind that GGUF calls "gpt2") with the pre-tokenisers named in `PRE_TOKENIZERS`. Another kind is refused,
+because a wrong split gives wrong tokens without any other sign.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from wire.errors import UnsupportedModelError
+
+_CONTROL = 3
+_USER_DEFINED = 4
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How text is cut before BPE: an optional normaliser and the pre-tokeniser."""
+
+    pre_tokenizer: Callable[[], Any]
+    normalizer: Callable[[], Any] | None = None
+
+
+def _digits() -> Any:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def _by_regex(numbers: str) -> Any:
+    pattern = Regex(_CONTRACTIONS + numbers + _REST)
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+PRE_TOKENIZERS: Mapping[str, _Split] = {
+    "smollm": _Split(_digits),
+    "qwen2": _Split(lambda: _by_regex(r"\p{N}"), normalizers.NFC),
+    "llama-bpe": _Split(lambda: _by_regex(r"\p{N}{1,3}")),
+}
+
+
+def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` for the GGUF key-value `fields` into `folder`."""
+    kind = fields.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UnsupportedModelError(
+            f"the GGUF file has a {kind!r} vocabulary", remedy="byte-level BPE ('gpt2') can be imported"
+        )
+    build_tokenizer(fields).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(_config(fields), ensure_ascii=False, indent=2))
+
+
+def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
+    """The byte-level BPE tokenizer that `fields` describe."""
+    pre = fields.get("tokenizer.ggml.pre", "")
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise UnsupportedModelError(f"the GGUF file's pre-tokeniser {pre!r} is not known", remedy=f"known are: {known}")
+    split = PRE_TOKENIZERS[pre]
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    if split.normalizer is not None:
+        tokenizer.normalizer = split.normalizer()
+    tokenizer.pre_tokenizer = split.pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    tokenizer.add_special_tokens([_added(token) for token, kind in added if kind == _CONTROL])
+    tokenizer.add_tokens([_added(token) for token, kind in added if kind == _USER_DEFINED])
+    return tokenizer
+
+
+def _added(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False)
+
+
+def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = fields["tokenizer.ggml.tokens"]
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+    }
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None:
+            config[f"{role}_token"] = tokens[index]
+    if "tokenizer.chat_template" in fields:
+        config["chat_template"] = fields["tokenizer.chat_template"]
+    return config

@@ -1,0 +1,89 @@
+"""A recipe: how one model is compiled, and what it must measure up to. Unknown keys are refused.
+
+What a recipe leaves open is filled from the target, so that the filled recipe names every decision; its digest is part
+of the build key and of the manifest. Limits are judged against the source model, never against labels.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compiler.targets import LanguagePrecision, Target, TensorPrecision
+from model_registry.manifest import canonical_bytes, sha256
+from wire.errors import InvalidInputError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorRecipe(_Strict):
+    """For classifiers and other tensor models.
+
+    `float_rungs` are tried in order until the gates hold: how many of the first layers stay float. Early layers of
+    depthwise networks lose most by 8 bits and cost least as floats.
+    """
+
+    precision: TensorPrecision | None = None
+    calibration_crops: Annotated[int, Field(ge=8, le=1024)] = 96
+    gate_crops: Annotated[int, Field(ge=8, le=1024)] = 96
+    float_rungs: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=1, max_length=8)] = [
+        0,
+        5,
+        12,
+        24,
+    ]
+    min_top1_agreement: Share = 0.85
+    min_cosine: Share = 0.98
+    golden_min_top1_agreement: Share = 0.65
+    golden_min_cosine: Share = 0.85
+
+
+class LanguageRecipe(_Strict):
+    """For language models."""
+
+    precision: LanguagePrecision | None = None
+    context_tokens: Annotated[int, Field(ge=128, le=131072)] = 2048
+    gate_tokens: Annotated[int, Field(ge=128, le=65536)] = 1024
+    max_perplexity_ratio: Annotated[float, Field(ge=1, le=100)] = 1.25
+    max_kl: Annotated[float, Field(ge=0, le=100)] = 0.25
+    min_greedy_agreement: Share = 0.7
+    golden_min_token_agreement: Share = 0.5
+
+
+class Recipe(_Strict):
+    """Everything about a compile that a publisher may choose."""
+
+    tensor: TensorRecipe = TensorRecipe()
+    language: LanguageRecipe = LanguageRecipe()
+    max_size_ratio: Annotated[float, Field(gt=0, le=10)] = 1.5  # of the source's size
+
+    def filled(self, target: Target) -> Recipe:
+        """The recipe with what `target` decides."""
+        tensor = {"precision": self.tensor.precision or target.tensor.precision}
+        language = {"precision": self.language.precision or target.language.precision}
+        return self.model_copy(
+            update={
+                "tensor": self.tensor.model_copy(update=tensor),
+                "language": self.language.model_copy(update=language),
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return sha256(canonical_bytes(self.model_dump(mode="json")))
+
+
+def parse_recipe(document: Any) -> Recipe:
+    """Read a recipe from plain data; an unknown key or a value out of range raises `InvalidInputError`."""
+    try:
+        return Recipe.model_validate(document or {})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "document"
+        raise InvalidInputError(f"recipe: {where}: {problem['msg']}", remedy="see docs/compiler.md") from error

@@ -1,0 +1,75 @@
+"""Targets: classes of devices and the numeric scheme that suits each.
+
+One quantised graph does not serve all: x86 wants unsigned activations so that every convolution becomes an integer
+kernel, TensorRT wants symmetric signed ones and no quantised bias. A target is a YAML file in `fleet_configs/targets`
+and travels inside a compile job; it is parsed strictly here. This file decides nothing about a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from wire.errors import InvalidInputError, NotFoundError
+from wire.messages import Name
+
+TARGETS_FOLDER = Path(__file__).resolve().parent.parent / "fleet_configs" / "targets"
+TensorPrecision = Literal["fp32", "int8"]
+LanguagePrecision = Literal["fp32", "int8", "int4"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TensorScheme(_Strict):
+    """How tensor models are quantised: explicit Q/DQ nodes, weights signed and per channel."""
+
+    precision: TensorPrecision = "fp32"
+    activations: Literal["uint8", "int8"] = "uint8"
+    reduce_range: bool = False  # 7-bit weights: for CPUs whose integer instructions saturate
+    quantise_bias: bool = True
+
+
+class LanguageScheme(_Strict):
+    """How language models are quantised."""
+
+    precision: LanguagePrecision = "fp32"
+
+
+class Target(_Strict):
+    """One class of devices."""
+
+    name: Name
+    description: Annotated[str, Field(max_length=300)] = ""
+    architectures: list[str] = Field(default_factory=list, max_length=8)
+    cpu_features: list[str] = Field(default_factory=list, max_length=16)
+    tensor: TensorScheme = TensorScheme()
+    language: LanguageScheme = LanguageScheme()
+
+
+def parse_target(document: Any) -> Target:
+    """Read a target from plain data (a job's `target`, a YAML file)."""
+    try:
+        return Target.model_validate(document)
+    except ValidationError as error:
+        raise InvalidInputError(f"target: {_first(error)}", remedy="see fleet_configs/targets") from error
+
+
+def load_target(name: str, folder: Path = TARGETS_FOLDER) -> Target:
+    """The target in `folder/NAME.yaml`."""
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise NotFoundError(f"there is no target {name!r}", remedy=f"known are: {', '.join(known)}")
+    target = parse_target(yaml.safe_load((folder / f"{name}.yaml").read_text()))
+    if target.name != name:
+        raise InvalidInputError(f"{name}.yaml names its target {target.name!r}", remedy="file and name must agree")
+    return target
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}"
