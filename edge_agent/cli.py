@@ -1,0 +1,132 @@
+"""The `foreshore-agent` command: enrol, run, status. Objects are composed here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_agent.config import Home, Profile, load_profile
+from wire.errors import (
+    ForeshoreError,
+    InvalidInputError,
+    NotAllowedError,
+    NotAuthenticatedError,
+    NotFoundError,
+    UnavailableError,
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="The Foreshore edge agent.")
+HomeOption = Annotated[Path, typer.Option("--home", help="Folder of this agent.")]
+SHUTDOWN_S = 5
+
+
+@app.command("enrol")
+def enrol_command(
+    url: Annotated[str, typer.Option("--url", help="The control plane, e.g. http://127.0.0.1:8080.")],
+    token: Annotated[str, typer.Option("--token", help="One-time enrolment token.")],
+    home: HomeOption,
+    profile: Annotated[str, typer.Option("--profile", help="A shipped profile or a YAML file.")] = "cpu-standard",
+) -> None:
+    """Make a key, get a certificate. Example: foreshore-agent enrol --url URL --token TOKEN --home ~/agent"""
+    from edge_agent.enrol import enrol
+
+    identity = enrol(Home(home), url, token, load_profile(profile))
+    typer.echo(f"enrolled as {identity.tenant}.{identity.device_id}; start it: foreshore-agent run --home {home}")
+
+
+@app.command("run")
+def run_command(
+    home: HomeOption,
+    host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 0,
+    port_file: Annotated[Path | None, typer.Option("--port-file")] = None,
+    die_with_parent: Annotated[bool, typer.Option("--die-with-parent")] = False,
+) -> None:
+    """Serve the local API and follow the control plane's wishes until SIGTERM."""
+    if die_with_parent:
+        from wire.process import die_with_parent as bind_to_parent
+
+        bind_to_parent()
+    asyncio.run(_run(Home(home), host, port, port_file))
+
+
+@app.command("status")
+def status_command(home: HomeOption, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """What the journals say about each model; works while the agent runs and when it does not."""
+    from edge_agent.journal import Journal
+    from edge_agent.state import from_dict
+
+    states = [Journal(path).last for path in sorted(Home(home).state.glob("*.journal"))]
+    if as_json:
+        typer.echo(json.dumps({"models": [state for state in states if state]}))
+        return
+    for state in (from_dict(last) for last in states if last):
+        version = state.committed.version if state.committed else "nothing"
+        typer.echo(f"{state.name}: runs {version}, {state.phase}, {state.result or '-'} {state.reason or ''}".rstrip())
+
+
+def main() -> None:
+    """Entry point; errors become one line and an exit code."""
+    try:
+        app()
+    except ForeshoreError as error:
+        sys.stderr.write(f"foreshore-agent: {error}\n")
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: ForeshoreError) -> int:
+    if isinstance(error, NotAuthenticatedError | NotAllowedError):
+        return 4
+    if isinstance(error, UnavailableError):
+        return 3
+    return 2 if isinstance(error, InvalidInputError | NotFoundError) else 1
+
+
+async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None:
+    import socket
+
+    import uvicorn
+
+    from edge_agent.agent import Agent
+    from edge_agent.cloud import Cloud
+    from edge_agent.link import Endpoint
+    from edge_agent.local_api.app import create_app
+    from wire.process import write_port_file
+
+    profile: Profile = home.profile()
+    identity = home.identity()
+    endpoint = Endpoint(identity.mqtt.host, identity.mqtt.port, home.ca_file, home.certificate_file, home.key_file)
+    agent = Agent(home, profile, identity, endpoint)
+    cloud = Cloud(identity.gateway_url, identity.device_token)
+    listener = socket.create_server((host, port), backlog=128)
+    address = listener.getsockname()
+    agent.local_url = f"http://{address[0]}:{address[1]}"
+    settings = uvicorn.Config(
+        create_app(agent, cloud), log_level="warning", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S
+    )
+    server = uvicorn.Server(settings)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(server.serve(sockets=[listener]), name="local-api")
+        working = tasks.create_task(agent.run(stopping), name="agent")
+        while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event for this
+            await asyncio.sleep(0.02)
+        for number in (signal.SIGTERM, signal.SIGINT):  # after uvicorn has set its own
+            loop.add_signal_handler(number, stopping.set)
+        if port_file is not None:
+            write_port_file(port_file, address[0], address[1])
+        await working
+        server.should_exit = True
+        await serving
+    await cloud.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a device is allowed to use (its profile) and who it is (its identity), read strictly from the home folder.
+
+Layout of the home folder: `profile.yaml`, `identity.json` and keys (0600), `state/` journals, `store/` models,
+`outbox.db`, `boot` (start counter).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from wire.errors import InvalidInputError, NotFoundError
+from wire.messages import Name
+
+MAX_FILE_BYTES = 256 * 1024
+PROFILES = Path(__file__).resolve().parent.parent / "fleet_configs" / "devices"
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Profile(_Config):
+    """A device class: targets in order of preference, budgets, limits."""
+
+    name: Name
+    description: str = ""
+    targets: list[Name] = Field(min_length=1, max_length=16)
+    memory_budget_bytes: Annotated[int, Field(ge=1 << 20)]
+    disk_budget_bytes: Annotated[int, Field(ge=1 << 20)] = 64 << 30
+    max_context_tokens: Annotated[int, Field(ge=16)] = 2048
+    max_streams: Annotated[int, Field(ge=1, le=64)] = 1
+    max_queue: Annotated[int, Field(ge=0, le=1024)] = 4
+    num_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    providers: list[str] = Field(default_factory=list)  # most wanted first; the CPU is always last
+    accelerator: str | None = None
+    reconnect_max_s: Annotated[float, Field(gt=0, le=300)] = 5.0
+    fetch_stall_s: Annotated[float, Field(gt=0, le=300)] = 5.0
+    phase_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 3600.0
+    probe_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
+    max_slowdown: Annotated[float, Field(gt=1)] = 3.0  # probe: new median latency against old, or refused
+    healthy_after_s: Annotated[float, Field(ge=0, le=600)] = 5.0
+    outbox_quota_bytes: Annotated[int, Field(ge=64 * 1024)] = 8 << 20
+
+
+class Mqtt(_Config):
+    """Where the broker is."""
+
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Trust(_Config):
+    """Public keys by key id: who may sign releases, who may say what this device runs."""
+
+    publishers: dict[str, str]
+    control: dict[str, str]
+
+
+class Identity(_Config):
+    """What enrolment handed out."""
+
+    tenant: Name
+    device_id: Name
+    control_url: str
+    gateway_url: str | None = None
+    device_token: str
+    mqtt: Mqtt
+    trust: Trust
+
+
+class Home:
+    """The folder of one agent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.profile_file = path / "profile.yaml"
+        self.identity_file = path / "identity.json"
+        self.key_file = path / "device.key"
+        self.certificate_file = path / "device.pem"
+        self.ca_file = path / "ca.pem"
+        self.state = path / "state"
+        self.store = path / "store"
+        self.outbox_file = path / "outbox.db"
+        self.desired_file = path / "state" / "desired.json"
+
+    def profile(self) -> Profile:
+        """The device's profile."""
+        return load_profile(str(self.profile_file))
+
+    def identity(self) -> Identity:
+        """Who this device is; `NotFoundError` before enrolment."""
+        if not self.identity_file.exists():
+            raise NotFoundError(f"{self.path} holds no identity", remedy="run foreshore-agent enrol first")
+        return _validated(Identity, json.loads(_read(self.identity_file)), self.identity_file)
+
+    def count_boot(self) -> int:
+        """Raise and return the start counter."""
+        from wire.process import replace_durably
+
+        file = self.path / "boot"
+        epoch = int(file.read_text()) + 1 if file.exists() and file.read_text().isdigit() else 1
+        replace_durably(file, str(epoch).encode())
+        return epoch
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """A profile by the name of a shipped one (`fleet_configs/devices`) or by the path of a YAML file."""
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"} and os.sep not in name_or_path:
+        path = PROFILES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
+        raise NotFoundError(f"there is no profile {name_or_path!r}", remedy=f"give a YAML file or one of: {known}")
+    try:
+        document = yaml.safe_load(_read(path))
+    except yaml.YAMLError as error:
+        raise InvalidInputError(f"{path} is not YAML: {error}", remedy="mend the file") from error
+    return _validated(Profile, document, path)
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def _validated(kind: type[C], document: Any, path: Path) -> C:
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInputError(f"{path.name}: {where}: {first['msg']}", remedy="see docs/agent.md") from error
+
+
+def _read(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise InvalidInputError(f"{path} has {path.stat().st_size} bytes", remedy=f"at most {MAX_FILE_BYTES}")
+    return path.read_text()

@@ -1,0 +1,151 @@
+"""The loaded models: which one answers for a name, who still uses an old one, how much memory they count for.
+
+`use` pins a model for one request: a switch lets it finish there, and an unloaded model is freed when the last
+request leaves. Only touched from the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from edge_agent.runtimes.base import LanguageRuntime, TensorRuntime
+from edge_agent.state import Slot
+from model_registry.manifest import Manifest
+from wire.errors import InsufficientSpaceError, NotFoundError, OverloadedError
+
+
+@dataclass
+class Engine:
+    """A loaded artefact and what it has been doing."""
+
+    slot: Slot
+    manifest: Manifest
+    runtime: TensorRuntime | LanguageRuntime
+    latency_ms: float | None = None
+    num_users: int = 0
+    num_requests: int = 0
+    num_errors: int = 0
+    is_retired: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it counts for in the budget."""
+        return memory_bytes(self.manifest)
+
+
+def memory_bytes(manifest: Manifest) -> int:
+    """The stated requirement, or the file size and a quarter when none is stated."""
+    return manifest.requires.memory_bytes or manifest.size_bytes * 5 // 4
+
+
+@dataclass
+class Admission:
+    """A bounded queue before `max_streams` places."""
+
+    max_streams: int
+    max_queue: int
+    num_running: int = 0
+    num_waiting: int = 0
+    _free: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next one would be refused."""
+        return self.num_running >= self.max_streams and self.num_waiting >= self.max_queue
+
+    @asynccontextmanager
+    async def enter(self, timeout_s: float) -> AsyncIterator[None]:
+        """Wait for a place; a full queue or a long wait raises `OverloadedError`."""
+        if self.is_full:
+            raise OverloadedError(f"{self.num_waiting} requests wait already", remedy="try again", retry_after_s=2)
+        self.num_waiting += 1
+        try:
+            async with asyncio.timeout(timeout_s), self._free:
+                await self._free.wait_for(lambda: self.num_running < self.max_streams)
+                self.num_running += 1
+        except TimeoutError as error:
+            raise OverloadedError("the wait was too long", remedy="try again", retry_after_s=5) from error
+        finally:
+            self.num_waiting -= 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            async with self._free:
+                self._free.notify()
+
+
+class Engines:
+    """Active engines by model name, beside candidates that are being tried."""
+
+    def __init__(self, memory_budget_bytes: int) -> None:
+        self._budget_bytes = memory_budget_bytes
+        self._active: dict[str, Engine] = {}
+        self._loaded: list[Engine] = []
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory that loaded models count for."""
+        return sum(engine.memory_bytes for engine in self._loaded)
+
+    def active(self) -> dict[str, Engine]:
+        """The engines that answer, by name."""
+        return dict(self._active)
+
+    def loaded(self) -> list[Engine]:
+        """Every engine in memory, candidates and retired ones included."""
+        return list(self._loaded)
+
+    def find(self, name: str) -> Engine | None:
+        """The engine that answers for `name`."""
+        return self._active.get(name)
+
+    def check_fits(self, manifest: Manifest, *, replacing: str | None = None) -> None:
+        """Raise `InsufficientSpaceError` when `manifest` cannot be loaded beside the rest (without `replacing`)."""
+        used = sum(engine.memory_bytes for engine in self._loaded if engine.manifest.name != replacing)
+        needed, free = memory_bytes(manifest), self._budget_bytes - used
+        if needed > free:
+            raise InsufficientSpaceError(
+                f"the model needs {needed} bytes of memory and {free} are free",
+                remedy="raise memory_budget_bytes or remove a model",
+                needed_bytes=needed,
+                free_bytes=free,
+            )
+
+    def add(self, engine: Engine) -> None:
+        """Count a loaded engine."""
+        self._loaded.append(engine)
+
+    def route(self, name: str, engine: Engine | None) -> Engine | None:
+        """Let `engine` answer for `name` from now on; returns the one before."""
+        before = self._active.pop(name, None)
+        if engine is not None:
+            self._active[name] = engine
+        return before
+
+    def retire(self, engine: Engine) -> None:
+        """Free an engine when its last request has left."""
+        engine.is_retired = True
+        self._free_if_idle(engine)
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Engine]:
+        """Pin the engine of `name` for one request; errors inside count for the soak."""
+        engine = self._active.get(name)
+        if engine is None:
+            raise NotFoundError(f"model {name!r} is not on this device", remedy=f"here are: {sorted(self._active)}")
+        engine.num_users += 1
+        engine.num_requests += 1
+        try:
+            yield engine
+        finally:
+            engine.num_users -= 1
+            self._free_if_idle(engine)
+
+    def _free_if_idle(self, engine: Engine) -> None:
+        if engine.is_retired and engine.num_users == 0 and engine in self._loaded:
+            self._loaded.remove(engine)
+            engine.runtime.close()
