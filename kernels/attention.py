@@ -1,0 +1,431 @@
+"""Paged attention in Triton: split-KV decode, and prefill of a chunk over a cached prefix, both with grouped heads.
+
+Rules, in order:
+1. KV lives in blocks: caches are [num_blocks, block_size, num_kv_heads, head_dim] views with any strides but a
+   contiguous last dimension. Tiles are independent of the block size (16 to 256 and beyond).
+2. One tile of queries holds all query heads of one KV head, at least 16 rows, so every product is a `tl.dot` and K and
+   V are read once per group.
+3. `context_lens` counts the whole context, the new tokens included; their K and V were written before the call.
+4. Grids depend on shapes only, never on values on the device, so the launches can be captured in a CUDA graph. A row
+   with context 0 (padding) gets zeros.
+5. fp8 caches are dequantised in the tile load; their scales fold into the softmax scale and the output.
+
+Split-KV decode after Flash-Decoding (Dao et al. 2023); online softmax after FlashAttention-2 (arXiv:2307.08691).
+Never allocates KV, never looks at tokens, never synchronises with the host.
+"""
+
+# Triton functions are traced, not typed.
+# mypy: disable-error-code="no-untyped-def,attr-defined"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+MAX_INT32 = 2**31 - 1
+MIN_ROWS = 16  # the smallest tile of a tensor-core product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one launch: rows of queries, columns of KV, warps and software-pipelining depth."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _kv_offsets(
+    p_table,
+    o_n,
+    m_n,
+    start,
+    stride_block,
+    stride_slot,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_LARGE: tl.constexpr,
+):
+    """Element offsets [BLOCK_N] of the KV rows at positions `o_n` of one sequence."""
+    if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies inside one block: one load of the table
+        block = tl.load(p_table + start // BLOCK_SIZE).to(tl.int64)
+        return block * stride_block + (o_n % BLOCK_SIZE) * stride_slot
+    blocks = tl.load(p_table + o_n // BLOCK_SIZE, mask=m_n, other=0)
+    if IS_LARGE:  # 64-bit products per row cost registers and time; most pools do without
+        blocks = blocks.to(tl.int64)
+    return blocks * stride_block + (o_n % BLOCK_SIZE) * stride_slot
+
+
+@triton.jit(do_not_specialize_on_alignment=["p_table", "p_lens"])
+def _decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_table,
+    p_lens,
+    p_out,
+    p_partial,
+    p_lse,
+    scale_log2,
+    v_scale,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_table,
+    stride_ot,
+    stride_oh,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_LARGE: tl.constexpr,
+):
+    i_kv = tl.program_id(0)
+    i_seq = tl.program_id(1)
+    i_split = tl.program_id(2)
+    seq_len = tl.load(p_lens + i_seq)
+    num_tiles = tl.cdiv(seq_len, BLOCK_N)
+    tiles_per_split = tl.cdiv(num_tiles, NUM_SPLITS)
+    first = i_split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, num_tiles)
+
+    o_h = tl.arange(0, BLOCK_H)
+    o_d = tl.arange(0, BLOCK_D)
+    m_h = o_h < GROUP
+    m_d = o_d < HEAD_DIM
+    heads = i_kv * GROUP + o_h
+    p_q += i_seq.to(tl.int64) * stride_qt
+    b_q = tl.load(p_q + heads[:, None] * stride_qh + o_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
+    p_table += i_seq.to(tl.int64) * stride_table
+    p_k += i_kv * stride_kh
+    p_v += i_kv * stride_vh
+
+    b_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_H], tl.float32)
+    b_acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for tile in range(first, last):
+        start = tile * BLOCK_N
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < seq_len
+        o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+        o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+        b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
+        b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee") * scale_log2
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_old = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_acc = b_acc * b_old[:, None]
+        b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), acc=b_acc, input_precision="ieee")
+        b_max = b_new
+
+    m_o = m_h[:, None] & m_d[None, :]
+    if NUM_SPLITS == 1:
+        b_out = b_acc * (v_scale / tl.where(b_sum > 0, b_sum, 1.0))[:, None]
+        p_o = p_out + i_seq.to(tl.int64) * stride_ot + heads[:, None] * stride_oh + o_d[None, :]
+        tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=m_o)
+    else:
+        b_part = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+        row = (i_seq.to(tl.int64) * NUM_HEADS + heads) * NUM_SPLITS + i_split
+        tl.store(p_partial + row[:, None] * HEAD_DIM + o_d[None, :], b_part, mask=m_o)
+        b_lse = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
+        tl.store(p_lse + row, b_lse, mask=m_h)
+
+
+@triton.jit(do_not_specialize_on_alignment=["p_lens"])
+def _reduce_kernel(
+    p_partial,
+    p_lse,
+    p_lens,
+    p_out,
+    v_scale,
+    stride_ot,
+    stride_oh,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_head = tl.program_id(0)
+    i_seq = tl.program_id(1)
+    o_s = tl.arange(0, BLOCK_S)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    row = (i_seq.to(tl.int64) * NUM_HEADS + i_head) * NUM_SPLITS
+    b_lse = tl.load(p_lse + row + o_s, mask=o_s < NUM_SPLITS, other=float("-inf"))
+    b_top = tl.max(b_lse, 0)
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)  # an empty context: all weights become 0
+    b_w = tl.exp2(b_lse - b_top)
+    m_s = b_lse != float("-inf")
+    b_part = tl.load(
+        p_partial + (row + o_s)[:, None] * HEAD_DIM + o_d[None, :], mask=m_s[:, None] & m_d[None, :], other=0.0
+    )
+    total = tl.sum(b_w, 0)
+    b_out = tl.sum(b_part * b_w[:, None], 0) * (v_scale / tl.where(total > 0, total, 1.0))
+    tl.store(
+        p_out + i_seq.to(tl.int64) * stride_ot + i_head * stride_oh + o_d, b_out.to(p_out.dtype.element_ty), mask=m_d
+    )
+
+
+@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["p_table", "p_lens", "p_starts"])
+def _prefill_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_table,
+    p_lens,
+    p_starts,
+    p_out,
+    num_seqs,
+    scale_log2,
+    v_scale,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_table,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_LARGE: tl.constexpr,
+):
+    i_tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the tiles with the longest context start first
+    i_kv = tl.program_id(0)
+    low = 0
+    high = num_seqs
+    while high - low > 1:  # the last sequence whose first tile is at or before ours
+        middle = (low + high) // 2
+        first_tile = tl.load(p_starts + middle) // BLOCK_Q + middle
+        low = tl.where(first_tile <= i_tile, middle, low)
+        high = tl.where(first_tile <= i_tile, high, middle)
+    i_seq = low
+    begin = tl.load(p_starts + i_seq)
+    query_len = tl.load(p_starts + i_seq + 1) - begin
+    o_first = (i_tile - (begin // BLOCK_Q + i_seq)) * BLOCK_Q  # our first query token inside its sequence
+    if o_first >= query_len:
+        return
+    seq_len = tl.load(p_lens + i_seq)
+    prefix_len = seq_len - query_len
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    o_q = o_first + o_m // GROUP
+    head = i_kv * GROUP + o_m % GROUP
+    m_m = (o_q < query_len) & (o_m < BLOCK_Q * GROUP)
+    m_d = o_d < HEAD_DIM
+    token = (begin + o_q).to(tl.int64)
+    m_md = m_m[:, None] & m_d[None, :]
+    b_q = tl.load(p_q + (token * stride_qt + head * stride_qh)[:, None] + o_d[None, :], mask=m_md, other=0.0)
+    position = prefix_len + o_q
+    p_table += i_seq.to(tl.int64) * stride_table
+    p_k += i_kv * stride_kh
+    p_v += i_kv * stride_vh
+
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    full_end = (prefix_len + o_first + 1) // BLOCK_N * BLOCK_N  # tiles before it need no mask for any of our rows
+    end = tl.minimum(prefix_len + o_first + BLOCK_Q, seq_len)
+    for start in range(0, full_end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < seq_len
+        o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+        o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+        if HEAD_DIM == BLOCK_D:
+            b_k = tl.load(p_k + o_k[None, :] + o_d[:, None])
+            b_v = tl.load(p_v + o_v[:, None] + o_d[None, :])
+        else:
+            b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_d[:, None], other=0.0)
+            b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee")
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+        b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
+        b_old = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_acc = b_acc * b_old[:, None]
+        b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), acc=b_acc, input_precision="ieee")
+        b_max = b_new
+    for start in range(full_end, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+        o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+        b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
+        b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee") * scale_log2
+        b_s = tl.where(o_n[None, :] <= position[:, None], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # a row that has seen nothing yet
+        b_p = tl.exp2(b_s - b_safe[:, None])
+        b_old = tl.exp2(b_max - b_safe)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_acc = b_acc * b_old[:, None]
+        b_acc = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), acc=b_acc, input_precision="ieee")
+        b_max = b_new
+
+    b_out = b_acc * (v_scale / tl.where(b_sum > 0, b_sum, 1.0))[:, None]
+    p_o = p_out + (token * stride_ot + head * stride_oh)[:, None] + o_d[None, :]
+    tl.store(p_o, b_out.to(p_out.dtype.element_ty), mask=m_md)
+
+
+@dataclass(frozen=True)
+class SplitWorkspace:
+    """Scratch of the split decode: partial outputs and their log-sum-exp, reused by every layer."""
+
+    partial: Tensor  # float32 [max_rows, num_heads, max_splits, head_dim]
+    lse: Tensor  # float32 [max_rows, num_heads, max_splits]
+
+    @classmethod
+    def allocate(
+        cls, max_rows: int, num_heads: int, head_dim: int, max_splits: int, device: torch.device
+    ) -> SplitWorkspace:
+        """Space for `max_rows` sequences of `max_splits` splits each."""
+        shape = (max_rows, num_heads, max_splits)
+        return cls(
+            torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+        )
+
+
+def decode_tile(group: int, head_dim: int) -> Tile:
+    """The tile used for decode; measured on Hopper (benchmarks/kernels.py --tune)."""
+    columns = 64 if head_dim <= 128 else 32
+    return Tile(max(MIN_ROWS, triton.next_power_of_2(group)), columns, 4, 3)
+
+
+def prefill_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile used for prefill; measured on Hopper (benchmarks/kernels.py --tune)."""
+    rows = max(128, triton.next_power_of_2(group))
+    if dtype == torch.float32:  # three times the shared memory of bf16 tiles would not fit
+        return Tile(max(32, triton.next_power_of_2(group)), 32, 4, 2)
+    return Tile(rows, 64 if head_dim > 128 else 128, 8, 2 if head_dim > 128 else 3)
+
+
+def is_large(k_cache: Tensor, v_cache: Tensor) -> bool:
+    """Whether offsets into these caches, counted in elements, need 64 bits."""
+    return any(
+        sum(s * (n - 1) for s, n in zip(c.stride(), c.shape, strict=True)) > MAX_INT32 for c in (k_cache, v_cache)
+    )
+
+
+def num_splits_for(num_rows: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
+    """How many pieces each context is cut into so that small batches still fill the processors.
+
+    Depends on bounds only, never on the lengths on the device, so that a captured graph stays valid.
+    """
+    programs = num_rows * num_kv_heads
+    wanted = -(-2 * num_processors // programs)
+    most = max(1, -(-max_context // 128))
+    return triton.next_power_of_2(max(1, min(wanted, most, 64)))
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    num_splits: int = 1,
+    workspace: SplitWorkspace | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Attention of one query token per sequence.
+
+    q, out [num_seqs, num_heads, head_dim]; caches as the module says; block_tables int32 [num_seqs, max_blocks];
+    context_lens int32 [num_seqs]. With `num_splits` > 1 a workspace of at least that size is needed.
+    """
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    tile = tile or decode_tile(group, head_dim)
+    partial, lse = out, out
+    if num_splits > 1:
+        if workspace is None or workspace.lse.numel() < num_seqs * num_heads * num_splits:
+            raise ValueError(f"{num_splits} splits of {num_seqs} rows need a larger SplitWorkspace")
+        partial, lse = workspace.partial, workspace.lse
+    _decode_kernel[(num_kv_heads, num_seqs, num_splits)](
+        q, k_cache, v_cache, block_tables, context_lens, out, partial, lse, scale * LOG2_E * k_scale, v_scale,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), block_tables.stride(0), out.stride(0), out.stride(1),
+        NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[1], NUM_SPLITS=num_splits,
+        BLOCK_H=tile.rows, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_N=tile.columns,
+        IS_LARGE=is_large(k_cache, v_cache),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if num_splits > 1:
+        _reduce_kernel[(num_heads, num_seqs)](
+            partial, lse, context_lens, out, v_scale, out.stride(0), out.stride(1),
+            NUM_HEADS=num_heads, HEAD_DIM=head_dim, NUM_SPLITS=num_splits, BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_D=triton.next_power_of_2(head_dim), num_warps=2 if num_splits <= 16 else 4,
+        )  # fmt: skip
+    return out
+
+
+def prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    out: Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Causal attention of chunks of any length, a decode token (length 1) included, in one launch.
+
+    q, out [num_tokens, num_heads, head_dim] packed; query_starts int32 [num_seqs + 1] cumulative. A sequence's query
+    tokens are the last of its context.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    group = num_heads // num_kv_heads
+    num_seqs = query_starts.shape[0] - 1
+    tile = tile or prefill_tile(group, head_dim, q.dtype)
+    block_q = tile.rows // group
+    num_tiles = num_tokens // block_q + num_seqs  # an upper bound that needs no look at the device
+    _prefill_kernel[(num_kv_heads, num_tiles)](
+        q, k_cache, v_cache, block_tables, context_lens, query_starts, out, num_seqs, scale * LOG2_E * k_scale, v_scale,
+        q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), block_tables.stride(0), out.stride(0), out.stride(1),
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[1], BLOCK_Q=block_q, BLOCK_M=tile.rows,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_N=tile.columns,
+        IS_LARGE=is_large(k_cache, v_cache),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,141 @@
+"""The GPU runner and the overlapped engine against the CPU engine, on tiny random models.
+
+Without a GPU the same code runs in Triton's interpreter, without graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.fakes.kernel_device import DEVICE, ON_GPU
+
+from cloud.serving.block_pool import BlockPool  # isort: skip  (the interpreter switch comes first)
+from cloud.serving.cuda_engine import OverlappedEngine
+from cloud.serving.cuda_runner import CudaConfig, CudaRunner
+from cloud.serving.engine import Engine
+from cloud.serving.kv_pool import KvLayout, KvPool
+from cloud.serving.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
+from cloud.serving.models.experts import ExpertsConfig
+from cloud.serving.request import FinishReason, Request, SamplingParams
+from cloud.serving.runner import EagerRunner
+from cloud.serving.scheduler import Scheduler, SchedulerConfig
+from cloud.serving.torch_backend import TorchBackend
+
+SHAPE = DecoderConfig(
+    family="qwen3", hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+    vocab_size=97, max_positions=128, norm_eps=1e-6, rope_theta=10000.0, has_qk_norm=True,
+)  # fmt: skip
+
+
+def make_decoder(device: torch.device, has_qk_norm: bool, has_bias: bool, has_experts: bool = False) -> Decoder:
+    experts = ExpertsConfig(5, 2, True) if has_experts else None
+    config = dataclasses.replace(SHAPE, has_qk_norm=has_qk_norm, has_qkv_bias=has_bias, experts=experts)
+    generator = torch.Generator().manual_seed(5)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(device)
+
+    def near_one(size: int) -> torch.Tensor:
+        return (1 + 0.1 * torch.randn(size, generator=generator)).to(device)
+
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layers = [
+        LayerWeights(
+            near_one(32), rand(width, 32) * 3, rand(32, 64), near_one(32),
+            rand(5, 96, 32) if has_experts else rand(96, 32), rand(5, 32, 48) if has_experts else rand(32, 48),
+            router=rand(5, 32) * 4 if has_experts else None,
+            qkv_bias=rand(width) if has_bias else None,
+            q_norm=near_one(16) if has_qk_norm else None, k_norm=near_one(16) if has_qk_norm else None,
+        )
+        for _ in range(config.num_layers)
+    ]  # fmt: skip
+    embedding = rand(97, 32) * 5
+    return Decoder(config, DecoderWeights(embedding, layers, near_one(32), rand(97, 32)), TorchBackend(), 128)
+
+
+def make_scheduler(num_blocks: int = 40) -> Scheduler:
+    limits = SchedulerConfig(max_batch_tokens=24, max_chunk_tokens=11, max_running=4, max_context_tokens=64)
+    return Scheduler(BlockPool(num_blocks, 4), limits, frozenset())
+
+
+def make_requests(num_tokens: int = 9, **params: object) -> list[Request]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(97, (n,), generator=generator).tolist() for n in (3, 17, 8, 12, 5)]
+    prompts[3] = prompts[1][:8] + prompts[3][8:]  # shares two blocks
+    return [
+        Request(f"r{i}", list(p), b"root", SamplingParams(max_tokens=num_tokens + i, **params))  # type: ignore[arg-type]
+        for i, p in enumerate(prompts)
+    ]
+
+
+def on_cpu(requests: list[Request], **model: bool) -> list[list[int]]:
+    kv = KvPool(KvLayout(2, 2, 16, 4, "float32"), 40)
+    return Engine(EagerRunner(make_decoder(torch.device("cpu"), **model), kv), make_scheduler(), kv, "f", 97).generate(
+        requests
+    )
+
+
+def on_device(num_blocks: int, *, overlapped: bool, graphs: bool, **model: bool) -> Engine:
+    kv = KvPool(KvLayout(2, 2, 16, 4, "float32"), num_blocks, str(DEVICE))
+    runner = CudaRunner(make_decoder(DEVICE, **model), kv, CudaConfig(4, 64, (1, 2, 4)))
+    if graphs:
+        runner.capture()
+    return (OverlappedEngine if overlapped else Engine)(runner, make_scheduler(num_blocks), kv, "f", 97)
+
+
+@pytest.mark.parametrize("graphs", [False, True] if ON_GPU else [False])
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize(("has_qk_norm", "has_bias"), [(True, False), (False, True)])
+def test_greedy_tokens_equal_those_of_the_cpu_engine(overlapped, graphs, has_qk_norm, has_bias):
+    model = {"has_qk_norm": has_qk_norm, "has_bias": has_bias}
+    engine = on_device(40, overlapped=overlapped, graphs=graphs, **model)
+    assert engine.generate(make_requests()) == on_cpu(make_requests(), **model)
+    engine.scheduler.check_integrity()
+
+
+def test_a_mixture_of_experts_gives_the_tokens_of_the_cpu_engine():
+    model = {"has_qk_norm": True, "has_bias": False, "has_experts": True}
+    engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
+    assert engine.generate(make_requests(4)) == on_cpu(make_requests(4), **model)
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_warming_up_writes_no_keys_and_changes_no_token(has_experts):
+    model = {"has_qk_norm": True, "has_bias": False, "has_experts": has_experts}
+    engine = on_device(40, overlapped=True, graphs=False, **model)
+    for pool in (engine.cuda.kv.keys, engine.cuda.kv.values):
+        for layer in pool:
+            layer.zero_()
+    engine.cuda.warm_up((3, 5))
+    assert not any(layer.any() for layer in (*engine.cuda.kv.keys, *engine.cuda.kv.values))
+    assert engine.generate(make_requests(2)) == on_cpu(make_requests(2), **model)
+
+
+def test_a_full_pool_preempts_without_changing_a_token():
+    model = {"has_qk_norm": True, "has_bias": False}
+    engine = on_device(13, overlapped=True, graphs=ON_GPU, **model)
+    assert engine.generate(make_requests()) == on_cpu(make_requests(), **model)
+    assert engine.scheduler.num_preemptions > 0
+    engine.scheduler.check_integrity()
+
+
+def test_a_stop_token_found_one_step_late_ends_the_output_at_it():
+    model = {"has_qk_norm": True, "has_bias": False}
+    free = on_cpu(make_requests(), **model)
+    stop = frozenset({free[1][3]})
+    wanted = on_cpu(make_requests(stop_token_ids=stop), **model)
+    requests = make_requests(stop_token_ids=stop)
+    engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
+    assert engine.generate(requests) == wanted
+    assert requests[1].finish_reason is FinishReason.STOP
+    engine.scheduler.check_integrity()
+
+
+def test_seeded_sampling_draws_what_the_cpu_draws():
+    model = {"has_qk_norm": True, "has_bias": False}
+    params = {"temperature": 0.8, "top_k": 20, "seed": 3, "presence_penalty": 0.5}
+    engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
+    assert engine.generate(make_requests(5, **params)) == on_cpu(make_requests(5, **params), **model)
