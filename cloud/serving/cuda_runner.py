@@ -1,0 +1,251 @@
+"""The GPU's runner: whole-step graphs for decode, eager launches for steps with prefill, results one step late.
+
+`launch` puts a step on the device and returns at once; `InFlight.wait` gives its tokens. Token ids stay on the device,
+so the next step may be launched before this one's tokens are known. `run` is both in a row: the engine's `Runner`.
+
+A running request owns a row (of `latest` and of the host's block tables) until it leaves the batch. Draws other than
+plain greedy are made by the same code as on the CPU, from logits copied there, so a sequence may change workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cloud.serving.backend import SampledToken
+from cloud.serving.cuda_step import UNKNOWN_TOKEN, CudaStep, StepShape, padded_step
+from cloud.serving.kv_pool import KvPool
+from cloud.serving.models.decoder import Decoder
+from cloud.serving.request import Request
+from cloud.serving.runner import _sampling_row
+from cloud.serving.sampler import sample
+from cloud.serving.scheduler import Chunk
+from kernels import attention
+
+Tensor = Any
+WARM_SIZES = (16, 512, 1024, 2048)  # tokens of a step where kernels change tiles
+NUM_STAGES = 3  # host buffers in rotation: one being filled, one being copied, one to spare
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """Limits of the runner. Decode batches above the largest graph run eagerly."""
+
+    max_running: int = 256
+    max_context_tokens: int = 8192
+    graph_sizes: tuple[int, ...] = (1, 2, 4, 8, *range(16, 257, 16))
+
+
+@dataclass
+class InFlight:
+    """A launched step. `wait` may be called once, from the thread that launched it."""
+
+    order: list[int]  # position among the chunks of each sampled row
+    num_chunks: int
+    host: Tensor
+    event: Any
+    drawn: list[SampledToken] | None = None
+
+    def wait(self) -> list[SampledToken | None]:
+        """Per chunk in the order given to `launch`: its token, or None where none is drawn."""
+        if self.event is not None:
+            self.event.synchronize()
+        out: list[SampledToken | None] = [None] * self.num_chunks
+        tokens = self.drawn or [SampledToken(token) for token in self.host[: len(self.order)].tolist()]
+        for position, token in zip(self.order, tokens, strict=True):
+            out[position] = token
+        return out
+
+
+@dataclass
+class _Row:
+    index: int
+    num_preemptions: int
+    num_blocks: int
+
+
+class CudaRunner:
+    """`Runner` on a CUDA device (or, without graphs and with Triton's interpreter, on the CPU for tests)."""
+
+    def __init__(self, decoder: Decoder, kv: KvPool, config: CudaConfig) -> None:
+        self.config = config
+        self.kv = kv
+        self.device = decoder.weights.embedding.device
+        self.is_cuda = self.device.type == "cuda"
+        self.max_blocks = -(-config.max_context_tokens // kv.layout.block_size)
+        self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.is_cuda else 4
+        self._num_kv_heads = kv.layout.num_kv_heads
+        self.step = CudaStep(decoder, kv, config.max_running + 1, 64, config.max_context_tokens)
+        self._tables = np.zeros((config.max_running + 1, self.max_blocks), dtype=np.int32)
+        self._row_by_id: dict[str, _Row] = {}
+        self._free_rows = list(range(config.max_running))
+        self._graphs: dict[int, tuple[StepShape, Any, Tensor, Tensor, Tensor]] = {}
+        self._stages: list[tuple[Tensor, Any]] = []
+        self._num_launches = 0
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record one graph per decode size, largest first so that the smaller ones reuse its memory."""
+        self.warm_up(WARM_SIZES)
+        pool = None
+        for size in sorted(self.config.graph_sizes, reverse=True):
+            if size > self.config.max_running:
+                continue
+            shape = self._shape(size, size, 0, size)
+            flat = torch.from_numpy(padded_step(shape, self.config.max_running)).to(self.device)
+            self.step.forward(flat, shape)  # compiles what is not compiled yet
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                drawn, logits = self.step.forward(flat, shape)
+            pool = graph.pool()
+            self._graphs[size] = (shape, graph, flat, drawn, logits)
+
+    @torch.inference_mode()
+    def warm_up(self, sizes: Sequence[int]) -> None:
+        """Compile what steps with prefill of about these many tokens need, so that no request waits for it.
+
+        The tokens look at block 0 and have no slots: no KV is written.
+        """
+        for size in sizes:
+            size = min(size, self.config.max_context_tokens)
+            shape = self._shape(size, 0, 1, 1)
+            flat = padded_step(shape, self.config.max_running)
+            fields = shape.views(flat)
+            fields["context_lens"][:] = fields["prefill_starts"][1] = size
+            self.step.forward(torch.from_numpy(flat).to(self.device), shape)
+
+    def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | None]:
+        """See `cloud.serving.runner.Runner`."""
+        return self.launch(chunks).wait()
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk]) -> InFlight:
+        """Put one step on the device. Unknown last tokens must come from the step launched just before."""
+        self._forget_absent(chunks)
+        decodes = [i for i, c in enumerate(chunks) if c.num_tokens == 1 and c.is_sampled]
+        chosen = set(decodes)
+        prefills = [i for i in range(len(chunks)) if i not in chosen]
+        sampled = decodes + [i for i in prefills if chunks[i].is_sampled]
+        size = len(decodes)
+        graph_size = None if prefills else next((g for g in sorted(self._graphs) if g >= size), None)
+        if graph_size is not None:
+            shape, graph, flat, drawn, logits = self._graphs[graph_size]
+            self._copy_in(self._fill(chunks, decodes, [], decodes, shape), flat)
+            graph.replay()
+        else:
+            num_tokens = size + sum(chunks[i].num_tokens for i in prefills)
+            shape = self._shape(num_tokens, size, len(prefills), len(sampled))
+            flat = torch.empty(shape.size, dtype=torch.int32, device=self.device)
+            self._copy_in(self._fill(chunks, decodes, prefills, sampled, shape), flat)
+            drawn, logits = self.step.forward(flat, shape)
+        return self._collect(chunks, sampled, drawn, logits)
+
+    def _collect(self, chunks: Sequence[Chunk], sampled: list[int], drawn: Tensor, logits: Tensor) -> InFlight:
+        count = len(sampled)
+        if any(not chunks[i].request.params.is_plain_greedy for i in sampled):
+            rows = [_sampling_row(chunks[i].request) for i in sampled]
+            tokens = sample(logits[:count].float().cpu(), rows)
+            ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int32, device=self.device)
+            where = [self._row_by_id[chunks[i].request.request_id].index for i in sampled]
+            self.step.latest[torch.tensor(where, device=self.device)] = ids
+            return InFlight(sampled, len(chunks), None, None, tokens)
+        if not self.is_cuda:
+            return InFlight(sampled, len(chunks), drawn.clone(), None)
+        host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        host.copy_(drawn[:count], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return InFlight(sampled, len(chunks), host, event)
+
+    def _shape(self, num_tokens: int, num_decodes: int, num_prefills: int, num_sampled: int) -> StepShape:
+        splits = 1
+        if 0 < num_decodes <= 64:  # what the workspace holds
+            splits = attention.num_splits_for(
+                num_decodes, self._num_kv_heads, self.config.max_context_tokens, self._processors
+            )
+        return StepShape(num_tokens, num_decodes, num_prefills, num_sampled, self.max_blocks, splits)
+
+    def _fill(
+        self, chunks: Sequence[Chunk], decodes: list[int], prefills: list[int], sampled: list[int], shape: StepShape
+    ) -> np.ndarray[Any, Any]:
+        """The flat buffer of the step; `shape` may be larger than the batch (padding rows of a graph)."""
+        flat = padded_step(shape, self.config.max_running)
+        fields = shape.views(flat)
+        size = self.kv.layout.block_size
+        count = len(decodes)
+        row_by_chunk = {i: self._row(chunks[i].request) for i in (*decodes, *prefills)}
+        if count:
+            rows = np.fromiter((row_by_chunk[i] for i in decodes), np.int32, count)
+            position = np.fromiter((chunks[i].start for i in decodes), np.int32, count)
+            fields["tokens"][:count] = np.fromiter((chunks[i].request.token_ids[-1] for i in decodes), np.int32, count)
+            fields["token_rows"][:count] = rows
+            fields["positions"][:count] = position
+            fields["slots"][:count] = self._tables[rows, position // size] * size + position % size
+            fields["context_lens"][:count] = position + 1
+            fields["tables"][:count] = self._tables[rows]
+        begin = shape.num_decodes if prefills else count
+        last_token = {i: k for k, i in enumerate(decodes)}
+        for number, i in enumerate(prefills):
+            chunk, row = chunks[i], row_by_chunk[i]
+            end = begin + chunk.num_tokens
+            position = np.arange(chunk.start, chunk.end, dtype=np.int32)
+            fields["tokens"][begin:end] = chunk.request.token_ids[chunk.start : chunk.end]
+            fields["token_rows"][begin:end] = row
+            fields["positions"][begin:end] = position
+            fields["slots"][begin:end] = self._tables[row, position // size] * size + position % size
+            fields["context_lens"][shape.num_decodes + number] = chunk.end
+            fields["prefill_starts"][number + 1] = end - shape.num_decodes
+            fields["tables"][shape.num_decodes + number] = self._tables[row]
+            last_token[i] = end - 1
+            begin = end
+        for number, i in enumerate(sampled):
+            fields["sampled"][number] = last_token[i]
+            fields["sampled_rows"][number] = row_by_chunk[i]
+        return flat
+
+    def _row(self, request: Request) -> int:
+        """The request's row, its block table up to date."""
+        row = self._row_by_id.get(request.request_id)
+        if row is None:
+            row = self._row_by_id[request.request_id] = _Row(self._free_rows.pop(), request.num_preemptions, 0)
+        if row.num_preemptions != request.num_preemptions:
+            row.num_preemptions, row.num_blocks = request.num_preemptions, 0
+        blocks = request.block_ids
+        if len(blocks) != row.num_blocks:
+            self._tables[row.index, row.num_blocks : len(blocks)] = blocks[row.num_blocks :]
+            row.num_blocks = len(blocks)
+        return row.index
+
+    def _forget_absent(self, chunks: Sequence[Chunk]) -> None:
+        """Give back the rows of requests that are not part of this step."""
+        present = {chunk.request.request_id for chunk in chunks}
+        for request_id in [r for r in self._row_by_id if r not in present]:
+            self._free_rows.append(self._row_by_id.pop(request_id).index)
+
+    def _copy_in(self, flat: np.ndarray[Any, Any], target: Tensor) -> None:
+        """One copy to the device, through pinned memory whose last copy has finished."""
+        if not self.is_cuda:
+            target.copy_(torch.from_numpy(flat))
+            return
+        if len(self._stages) < NUM_STAGES:
+            self._stages.append((torch.empty(flat.size, dtype=torch.int32, pin_memory=True), torch.cuda.Event()))
+        index = self._num_launches % len(self._stages)
+        self._num_launches += 1
+        stage, event = self._stages[index]
+        event.synchronize()
+        if stage.numel() < flat.size:
+            stage = torch.empty(flat.size, dtype=torch.int32, pin_memory=True)
+            self._stages[index] = (stage, event)
+        stage[: flat.size].numpy()[:] = flat
+        target.copy_(stage[: flat.size], non_blocking=True)
+        event.record()
+
+
+def is_unknown(token_id: int) -> bool:
+    """Whether a token is still being drawn on the device."""
+    return token_id == UNKNOWN_TOKEN

@@ -1,0 +1,155 @@
+"""One forward pass on the GPU: the numbers a step needs in one flat copy, and the fused kernels in their order.
+
+Rules, in order:
+1. Everything that changes from step to step travels in one int32 buffer, so a step costs one copy to the device and a
+   captured graph can read the same addresses for ever.
+2. A token the host does not know yet (drawn by a step still in flight) is -1; the device takes it from `latest`.
+3. Nothing here looks at a value on the device, so nothing waits.
+
+Decoding rows come first in a step; the chunks of prefill follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cloud.serving.kv_pool import KvPool
+from cloud.serving.models.decoder import Decoder, LayerWeights, rotary_tables
+from kernels import activation, attention, kv_cache, moe, norm
+
+Tensor = Any
+UNKNOWN_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What fixes the kernels of a step: a decode graph exists per shape with `num_prefills` 0."""
+
+    num_tokens: int
+    num_decodes: int
+    num_prefills: int
+    num_sampled: int
+    num_blocks: int  # columns of the block tables
+    num_splits: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Decoding rows and prefill chunks."""
+        return self.num_decodes + self.num_prefills
+
+    def sizes(self) -> dict[str, int]:
+        """Fields of the flat buffer, in order, with their lengths."""
+        return {
+            "tokens": self.num_tokens,
+            "token_rows": self.num_tokens,  # where in `latest` an unknown token lies
+            "positions": self.num_tokens,
+            "slots": self.num_tokens,
+            "context_lens": self.num_sequences,
+            "prefill_starts": self.num_prefills + 1,
+            "sampled": self.num_sampled,  # token index of each sampled row
+            "sampled_rows": self.num_sampled,  # where in `latest` its token goes
+            "tables": self.num_sequences * self.num_blocks,
+        }
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat buffer."""
+        return sum(self.sizes().values())
+
+    def views(self, flat: Any) -> dict[str, Any]:
+        """The fields as views of a flat array or tensor."""
+        out: dict[str, Any] = {}
+        begin = 0
+        for name, size in self.sizes().items():
+            out[name] = flat[begin : begin + size]
+            begin += size
+        out["tables"] = out["tables"].reshape(self.num_sequences, self.num_blocks)
+        return out
+
+
+def padded_step(shape: StepShape, scratch_row: int) -> np.ndarray[Any, Any]:
+    """The flat buffer of a step in which every row is padding: no context, no slot, token 0."""
+    flat = np.zeros(shape.size, dtype=np.int32)
+    fields = shape.views(flat)
+    fields["slots"][:] = -1
+    fields["token_rows"][:] = scratch_row
+    fields["sampled_rows"][:] = scratch_row
+    fields["sampled"][:] = np.arange(shape.num_sampled)
+    return flat
+
+
+class CudaStep:
+    """The forward pass of one decoder over one KV pool with Triton kernels; greedy tokens land in `latest`."""
+
+    def __init__(self, decoder: Decoder, kv: KvPool, num_rows: int, max_splits: int, max_positions: int) -> None:
+        config = decoder.config
+        device = decoder.weights.embedding.device
+        cos, sin = rotary_tables(config, max_positions)
+        half = config.head_dim // 2
+        self.decoder = decoder
+        self.kv = kv
+        self.cos_sin = torch.cat((cos[:, :half], sin[:, :half]), dim=-1).contiguous().to(device)
+        self.latest = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.workspace = attention.SplitWorkspace.allocate(
+            num_rows if max_splits <= 1 else min(num_rows, 64), config.num_heads, config.head_dim, max_splits, device
+        )
+
+    def forward(self, flat: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
+        """(greedy tokens int32 [R], logits [R, vocab]) of the sampled rows; KV of all tokens is written."""
+        fields = shape.views(flat)
+        weights, config = self.decoder.weights, self.decoder.config
+        eps = config.norm_eps
+        tokens = torch.where(fields["tokens"] < 0, self.latest[fields["token_rows"]], fields["tokens"])
+        residual = F.embedding(tokens, weights.embedding)  # [T, hidden]
+        x = norm.rms_norm(residual, weights.layers[0].input_norm, eps, torch.empty_like(residual))
+        for index, layer in enumerate(weights.layers):
+            qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+            q = qkv.new_empty(shape.num_tokens, config.num_heads, config.head_dim)
+            norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm, eps)
+            k_cache, v_cache = self.kv.keys[index], self.kv.values[index]
+            kv_cache.rotary_and_write(
+                qkv, fields["positions"], fields["slots"], self.cos_sin, k_cache, v_cache, q, norms
+            )
+            attended = self._attend(q, k_cache, v_cache, fields, shape)
+            x = F.linear(attended.view(shape.num_tokens, -1), layer.output, layer.output_bias)
+            if index + 1 == config.num_layers and shape.num_prefills:
+                x, residual = x[fields["sampled"]], residual[fields["sampled"]]  # the rest of the step is for them
+            x = norm.add_rms_norm(x, residual, layer.post_norm, eps, x)
+            x = self._mlp(x, layer)
+            following = weights.layers[index + 1].input_norm if index + 1 < config.num_layers else weights.norm
+            x = norm.add_rms_norm(x, residual, following, eps, x)
+        logits = F.linear(x, weights.head)
+        drawn = logits.argmax(dim=-1).to(torch.int32)
+        self.latest.index_copy_(0, fields["sampled_rows"].long(), drawn)
+        return drawn, logits
+
+    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        experts = self.decoder.config.experts
+        if experts is not None:
+            weights, chosen = moe.route(F.linear(x, layer.router), experts.top_k, experts.is_renormalised)
+            return moe.experts_mlp(x, layer.gate_up, layer.down, weights, chosen)
+        gate_up = F.linear(x, layer.gate_up)
+        hidden = activation.silu_mul(gate_up, gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
+        return F.linear(hidden, layer.down)
+
+    def _attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, fields: dict[str, Tensor], shape: StepShape
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        first = shape.num_decodes
+        tables, lens, scale = fields["tables"], fields["context_lens"], self.decoder.scale
+        if first:
+            attention.decode(
+                q[:first], k_cache, v_cache, tables[:first], lens[:first], scale, out[:first],
+                shape.num_splits, self.workspace,
+            )  # fmt: skip
+        if shape.num_prefills:
+            attention.prefill(
+                q[first:], k_cache, v_cache, tables[first:], lens[first:], fields["prefill_starts"], scale, out[first:]
+            )
+        return out

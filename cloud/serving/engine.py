@@ -1,0 +1,123 @@
+"""The engine: scheduler, runner and blocks put together, one step at a time, in one thread.
+
+Owns the order add -> schedule -> run -> complete. It has no thread and no clock of its own; `engine_thread` drives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cloud.serving.backend import SampledToken
+from cloud.serving.block_pool import BlockPool, chain_root
+from cloud.serving.kv_pool import KvLayout, KvPool
+from cloud.serving.request import FinishReason, Request
+from cloud.serving.runner import EagerRunner, Runner
+from cloud.serving.scheduler import Scheduler, SchedulerConfig
+from cloud.serving.torch_backend import TorchBackend
+from cloud.serving.weights import load_config, load_decoder, model_digest
+from wire.errors import InvalidInputError
+
+_DTYPES = ("float32", "bfloat16")
+DEFAULT_POOL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to build an engine. `dtype` "auto" is float32 on CPU: exact, and fast enough for small models."""
+
+    model: Path
+    dtype: str = "auto"
+    num_blocks: int = 0  # 0: as many as fit DEFAULT_POOL_BYTES
+    block_size: int = 16
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What a step did for one request: a new token, new blocks for a receiver, or the end. Safe in any thread."""
+
+    request_id: str
+    token: SampledToken | None
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+    blocks: tuple[tuple[int, int], ...] = ()  # (index, block) of a prefill-only request, to be unparked when sent
+
+
+class Engine:
+    """Everything one worker needs to turn tokens into tokens."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, kv: KvPool, fingerprint: str, vocab_size: int) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.kv = kv
+        self.fingerprint = fingerprint
+        self.vocab_size = vocab_size
+        self.num_steps = 0
+        self.num_prefill_tokens = 0
+        self.num_output_tokens = 0
+
+    @property
+    def pool(self) -> BlockPool:
+        """The book-keeping of the KV blocks."""
+        return self.scheduler.pool
+
+    def root(self, salt: bytes) -> bytes:
+        """Start of the block hashes of a tenant with this salt."""
+        return chain_root(self.fingerprint, salt)
+
+    def step(self) -> list[StepEvent]:
+        """Run one batch. Returns one event per request that took part; empty when nothing could run."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        sampled = self.runner.run(chunks)
+        parked = self.scheduler.complete(chunks, [token.token_id if token else None for token in sampled])
+        self.num_steps += 1
+        self.num_output_tokens += sum(1 for token in sampled if token)
+        self.num_prefill_tokens += sum(
+            chunk.num_tokens for chunk in chunks if chunk.start < chunk.request.num_prompt_tokens
+        )
+        return [
+            StepEvent(
+                chunk.request.request_id,
+                token,
+                chunk.request.finish_reason,
+                chunk.request.num_cached_tokens or 0,
+                tuple(parked.get(chunk.request.request_id, ())),
+            )
+            for chunk, token in zip(chunks, sampled, strict=True)
+        ]
+
+    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Run these requests to the end and return their outputs. For tests and benchmarks."""
+        for request in requests:
+            self.scheduler.add(request)
+        while any(request.finish_reason is None for request in requests):
+            if not self.step():
+                raise InvalidInputError("the engine cannot make progress", remedy="give it more KV blocks")
+        return [request.token_ids[request.num_prompt_tokens :] for request in requests]
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Load the model and lay out the KV pool on the CPU."""
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    if dtype not in _DTYPES:
+        raise InvalidInputError(f"dtype {config.dtype!r} is unknown", remedy=f"auto, {', '.join(_DTYPES)}")
+    model = load_config(config.model)
+    layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
+    num_blocks = config.num_blocks or max(1, DEFAULT_POOL_BYTES // layout.bytes_per_block)
+    limits = config.scheduler
+    max_context = min(limits.max_context_tokens, model.max_positions)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, config.block_size),
+        SchedulerConfig(**{**limits.__dict__, "max_context_tokens": max_context}),
+        model.eos_token_ids,
+    )
+    kv = KvPool(layout, num_blocks)
+    decoder = load_decoder(config.model, model, TorchBackend(), getattr(torch, dtype), max_context)
+    fingerprint = layout.fingerprint(model_digest(config.model))
+    return Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)

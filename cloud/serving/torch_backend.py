@@ -1,0 +1,122 @@
+"""The CPU backend: plain torch, and the reference for every other backend.
+
+A sequence whose blocks lie side by side is read as a view; otherwise its blocks are gathered once per layer. Decoding
+rows of all query heads of one KV head form one small matrix, so grouped queries need no copy of keys or values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from cloud.serving.backend import Batch, SampledToken, SamplingRow, SequencePlan, Tensor
+from cloud.serving.sampler import sample
+
+
+@dataclass
+class CpuBatch(Batch):
+    """Adds, per sequence, how its context is read: a slice of neighbouring blocks or an index tensor; and masks."""
+
+    context: list[slice | Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+
+
+class TorchBackend:
+    """`Backend` on torch CPU operators, float32 or bfloat16."""
+
+    def prepare_weight(self, weight: Tensor) -> Tensor:
+        """Contiguous rows are what torch's CPU matrix products read fastest."""
+        return weight.contiguous()
+
+    def plan(self, batch: Batch) -> CpuBatch:
+        """Work out, once per step, how each context is read and which mask its new tokens need."""
+        return CpuBatch(
+            **batch.__dict__,
+            context=[_find_context(plan) for plan in batch.sequences],
+            masks=[_causal_mask(plan) for plan in batch.sequences],
+        )
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Backend.linear`."""
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `Backend.rms_norm`."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.add_rms_norm`."""
+        residual += x
+        return self.rms_norm(residual, weight, eps), residual
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See `Backend.silu_mul`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def rotary(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See `Backend.rotary`."""
+        half = heads.shape[-1] // 2
+        rotated = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+        return heads * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
+
+    def write_kv(self, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch) -> None:
+        """See `Backend.write_kv`."""
+        k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, batch.slots, key)
+        v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, batch.slots, value)
+
+    def attend(self, query: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """See `Backend.attend`."""
+        assert isinstance(batch, CpuBatch)
+        num_tokens, num_heads, head_dim = query.shape
+        num_kv_heads = k_cache.shape[2]
+        group = num_heads // num_kv_heads
+        out = torch.empty_like(query)
+        row = 0
+        for plan, context, mask in zip(batch.sequences, batch.context, batch.masks, strict=True):
+            rows = slice(row, row + plan.num_tokens)
+            row += plan.num_tokens
+            # [1, G, context, D]
+            key = k_cache[context].reshape(-1, num_kv_heads, head_dim)[: plan.context_len].transpose(0, 1)[None]
+            value = v_cache[context].reshape(-1, num_kv_heads, head_dim)[: plan.context_len].transpose(0, 1)[None]
+            if plan.num_tokens == 1:
+                q = query[rows].view(1, num_kv_heads, group, head_dim)
+                answer = F.scaled_dot_product_attention(q, key, value, scale=scale)
+                out[rows] = answer.view(1, num_heads, head_dim)
+                continue
+            q = query[rows].transpose(0, 1)[None]  # [1, H, new, D]
+            answer = F.scaled_dot_product_attention(
+                q,
+                key.repeat_interleave(group, 1),
+                value.repeat_interleave(group, 1),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+            )
+            out[rows] = answer[0].transpose(0, 1)
+        return out.view(num_tokens, num_heads * head_dim)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """See `Backend.sample`."""
+        return sample(logits, rows)
+
+
+def _find_context(plan: SequencePlan) -> slice | Tensor:
+    blocks = plan.block_ids
+    if blocks[-1] - blocks[0] == len(blocks) - 1 and all(b - a == 1 for a, b in pairwise(blocks)):
+        return slice(blocks[0], blocks[-1] + 1)
+    return torch.tensor(blocks, dtype=torch.int64)
+
+
+def _causal_mask(plan: SequencePlan) -> Tensor | None:
+    """True where a new token (row) may look at a context token (column); None when plain causal or unneeded."""
+    if plan.num_tokens in (1, plan.context_len):
+        return None
+    offset = plan.context_len - plan.num_tokens
+    return torch.ones(plan.num_tokens, plan.context_len, dtype=torch.bool).tril_(offset)
