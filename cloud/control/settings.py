@@ -1,0 +1,35 @@
+"""What a control plane is told at its start, and where its files are below the home folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All there is to choose; the defaults are the embedded ones."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    database_url: str | None = None
+    blob_url: str | None = None
+    mqtt_port: int = 0
+    broker_host: str | None = None  # a broker of your own; ours is not started then
+    broker_port: int = 8883
+    gateway_url: str | None = None
+    advertise_host: str = "127.0.0.1"
+    config_folder: Path = field(default_factory=lambda: Path(__file__).resolve().parents[2] / "fleet_configs")
+    lease_s: float = 30.0
+    tick_s: float = 1.0
+
+    @property
+    def database(self) -> str:
+        """The database's address."""
+        return self.database_url or f"sqlite:///{self.home / 'control.db'}"
+
+    @property
+    def blobs(self) -> str:
+        """The blob store's address."""
+        return self.blob_url or str(self.home / "blobs")

@@ -1,0 +1,267 @@
+"""The control plane's tables: everything it must know after a power cut. Releases live in `model_registry.catalogue`.
+
+Times are aware UTC. A row that several threads change carries `version`; whoever changes it states the one it read.
+Secrets are stored as SHA-256 only. Nothing here talks to a database; that is `database`.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Float, Index, Integer, LargeBinary, MetaData, String, Text
+from sqlalchemy import types as sql
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAMING = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UtcDateTime(sql.TypeDecorator[datetime]):
+    """An aware UTC time, also on SQLite, which knows no zones."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive times; store UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone is ambiguous")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give UTC back."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Base of the control plane's tables."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {
+        datetime: UtcDateTime(),
+        dict[str, Any]: JSON(),
+        list[Any]: JSON(),
+        bytes: LargeBinary(),
+    }
+
+
+class Setting(Base):
+    """Small durable facts of the control plane itself, such as its epoch."""
+
+    __tablename__ = "settings"
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+
+
+class Token(Base):
+    """An API token: who it speaks for, and the digest of its secret."""
+
+    __tablename__ = "tokens"
+    token_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(200))
+    role: Mapped[str] = mapped_column(String(16))
+    secret_digest: Mapped[str] = mapped_column(String(64), unique=True)
+    device_id: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Enrolment(Base):
+    """A one-time permission for one device to get its certificate."""
+
+    __tablename__ = "enrolments"
+    enrolment_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    device_id: Mapped[str] = mapped_column(String(64))
+    secret_digest: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+
+
+class PublisherKey(Base):
+    """A public key whose signature makes a release installable."""
+
+    __tablename__ = "publisher_keys"
+    key_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    public_key: Mapped[str] = mapped_column(String(64))  # base64 of the raw bytes
+    added_by: Mapped[str] = mapped_column(String(200))
+    added_at: Mapped[datetime]
+
+
+class Device(Base):
+    """One device: what it is, what it shall run, what it says it runs."""
+
+    __tablename__ = "devices"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    enrolled_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    certificate_serial: Mapped[str] = mapped_column(String(64))
+    hardware: Mapped[dict[str, Any]]
+    online: Mapped[bool] = mapped_column(default=False)
+    boot_epoch: Mapped[int] = mapped_column(BigInteger, default=0)
+    last_seen_at: Mapped[datetime | None]
+    generation: Mapped[int] = mapped_column(BigInteger, default=0)
+    desired_models: Mapped[list[Any]]  # of wire.messages.DesiredModel
+    desired_envelope: Mapped[bytes | None]
+    desired_expires_at: Mapped[datetime | None]
+    attempts: Mapped[dict[str, Any]]  # release digest -> how often it was offered to this device
+    reported: Mapped[dict[str, Any] | None]  # of wire.messages.Reported
+    version: Mapped[int] = mapped_column(Integer, default=0)
+    __mapper_args__ = {"version_id_col": version}
+
+
+class Group(Base):
+    """A named set of devices: a list, or a filter over what devices report."""
+
+    __tablename__ = "groups"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device_ids: Mapped[list[Any] | None]
+    filter: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime]
+
+
+class RolloutRow(Base):
+    """A rollout: its order, and the engine's state as data."""
+
+    __tablename__ = "rollouts"
+    rollout_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    model: Mapped[str] = mapped_column(String(64))
+    model_version: Mapped[str] = mapped_column(String(64))
+    release: Mapped[str] = mapped_column(String(64))
+    group: Mapped[str] = mapped_column("group_name", String(64))
+    status: Mapped[str] = mapped_column(String(20), index=True)
+    order: Mapped[dict[str, Any]] = mapped_column("order_document")
+    state: Mapped[dict[str, Any]]
+    offers: Mapped[dict[str, Any]]  # device -> the DesiredModel offered, and the one before it
+    reason: Mapped[str] = mapped_column(Text, default="")
+    decision_id: Mapped[str | None] = mapped_column(String(64))
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    version: Mapped[int] = mapped_column(Integer, default=0)
+    __mapper_args__ = {"version_id_col": version}
+
+
+class Publication(Base):
+    """A model on its way to a signed release."""
+
+    __tablename__ = "publications"
+    publication_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(String(64))
+    model_version: Mapped[str | None] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(20), index=True)
+    order: Mapped[dict[str, Any]] = mapped_column("order_document")
+    release: Mapped[bytes | None]  # canonical bytes to sign
+    release_digest: Mapped[str | None] = mapped_column(String(64))
+    reason: Mapped[str] = mapped_column(Text, default="")
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    version: Mapped[int] = mapped_column(Integer, default=0)
+    __mapper_args__ = {"version_id_col": version}
+
+
+class Job(Base):
+    """One compile job and its lease."""
+
+    __tablename__ = "jobs"
+    job_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    publication_id: Mapped[str] = mapped_column(String(40), index=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    target: Mapped[str] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    spec: Mapped[dict[str, Any]]
+    cache_key: Mapped[str] = mapped_column(String(64))
+    stage: Mapped[str] = mapped_column(String(64), default="")
+    progress: Mapped[float] = mapped_column(Float, default=0.0)
+    message: Mapped[str] = mapped_column(Text, default="")
+    log: Mapped[str] = mapped_column(Text, default="")
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    lease_id: Mapped[str | None] = mapped_column(String(40))
+    worker_id: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    cached: Mapped[bool] = mapped_column(default=False)
+    manifest: Mapped[str | None] = mapped_column(String(64))
+    stages: Mapped[list[Any] | None]
+    gates: Mapped[list[Any] | None]
+    code: Mapped[str | None] = mapped_column(String(64))
+    reason: Mapped[str] = mapped_column(Text, default="")
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    version: Mapped[int] = mapped_column(Integer, default=0)
+    __mapper_args__ = {"version_id_col": version}
+
+
+class Build(Base):
+    """The build cache: what was decided about a build -> the manifest it gave."""
+
+    __tablename__ = "builds"
+    cache_key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    manifest: Mapped[str] = mapped_column(String(64))
+    built_at: Mapped[datetime]
+
+
+class DecisionRow(Base):
+    """One explained choice, from a gateway, a device or the control plane itself."""
+
+    __tablename__ = "decisions"
+    decision_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    subject: Mapped[str] = mapped_column(String(200), default="")
+    source: Mapped[str] = mapped_column(String(200))
+    decided_at: Mapped[datetime]
+    stored_at: Mapped[datetime]
+    record: Mapped[dict[str, Any]]
+    __table_args__ = (
+        Index("ix_decisions_newest", "tenant", "stored_at"),
+        Index("ix_decisions_subject", "tenant", "subject"),
+    )
+
+
+class DeviceEvent(Base):
+    """A piece of a device's telemetry; its id makes a repeated delivery harmless."""
+
+    __tablename__ = "device_events"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    event_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    at: Mapped[datetime]
+    stored_at: Mapped[datetime] = mapped_column(index=True)
+    body: Mapped[dict[str, Any]]
+
+
+class AuditEntry(Base):
+    """Who changed what: append-only, each entry sealed by the digest of itself and the one before."""
+
+    __tablename__ = "audit"
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    at: Mapped[str] = mapped_column(String(40))  # ISO 8601, as sealed
+    tenant: Mapped[str] = mapped_column(String(64))
+    actor: Mapped[str] = mapped_column(String(200))
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(200))
+    details: Mapped[dict[str, Any]]
+    previous: Mapped[str] = mapped_column(String(64), unique=True)
+    digest: Mapped[str] = mapped_column(String(64))

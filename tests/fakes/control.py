@@ -1,0 +1,235 @@
+"""A running control plane and a small simulated device, for tests: real processes, real broker, real HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import paho.mqtt.client as mqtt
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from paho.mqtt.enums import CallbackAPIVersion
+
+from model_registry.manifest import ArtefactFile, Chunk, Manifest, parse_release, sha256
+from model_registry.trust import encode_public_key, sign_release
+from wire import topics
+from wire.envelope import parse_envelope
+from wire.messages import Desired, Hardware, ModelState, Phase, Reported, Result, Status, parse
+from wire.process import free_port
+
+WAIT_S = 30.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
+    """Poll until `condition` gives something true; fail with `what` otherwise."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+class ControlProcess:
+    """`foreshore cloud` as a child; can be killed and started again on the same home and ports."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.port, self.mqtt_port = home, free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.publisher = Ed25519PrivateKey.generate()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start and wait until it accepts."""
+        port_file = self.home / "port.json"
+        port_file.unlink(missing_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "cloud.cli", "cloud", "--home", str(self.home), "--port", str(self.port)]
+        command += ["--mqtt-port", str(self.mqtt_port), "--port-file", str(port_file), "--die-with-parent"]
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(port_file.exists, f"control plane starts: {(self.home / 'log').read_text()[-2000:]}", 60)
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(20)
+
+    def token(self, name: str = "admin") -> str:
+        """A service token."""
+        return (self.home / "tokens" / name).read_text()
+
+    def call(
+        self, method: str, path: str, body: Any = None, *, token: str | None = "admin", **more: Any
+    ) -> httpx.Response:
+        """One request; `token` is a service token's name, a secret, or None."""
+        secret = self.token(token) if token in ("admin", "worker", "gateway") else token
+        headers = {"authorization": f"Bearer {secret}"} if secret else {}
+        return httpx.request(method, f"{self.url}/api/v1{path}", json=body, headers=headers, timeout=40, **more)
+
+    def ok(self, method: str, path: str, body: Any = None, **more: Any) -> Any:
+        """One request that must succeed; its JSON."""
+        answer = self.call(method, path, body, **more)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    def put_blob(self, data: bytes) -> str:
+        """Upload."""
+        headers = {"authorization": f"Bearer {self.token()}"}
+        answer = httpx.put(f"{self.url}/api/v1/blobs/{sha256(data)}", content=data, headers=headers, timeout=30)
+        assert answer.is_success, answer.text
+        return sha256(data)
+
+    def publish(self, name: str, payload: bytes, version: str | None = None) -> dict[str, Any]:
+        """Publish `payload` as a one-file model through a simulated worker; the release's document."""
+        key = encode_public_key(self.publisher.public_key())
+        self.ok("POST", "/publisher-keys", {"public_key": key, "name": "tests"})
+        source = self.put_blob(b"source of " + payload[:100])
+        files = [{"path": "m.onnx", "digest": source, "size_bytes": len(b"source of " + payload[:100])}]
+        order = {"name": name, "targets": ["cpu-x86"], "source": {"format": "onnx", "files": files}, "version": version}
+        publication = self.ok("POST", "/publications", order)
+        lease = self.ok("POST", "/jobs/lease", {"worker_id": "w"}, token="worker")
+        manifest = make_manifest(name, payload, lease["spec"]["source"]["digest"])
+        for start in range(0, len(payload), CHUNK_BYTES):
+            self.put_blob(payload[start : start + CHUNK_BYTES])
+        self.put_blob(manifest.to_bytes())
+        done = {"lease_id": lease["lease_id"], "manifest": manifest.digest}
+        self.ok("POST", f"/jobs/{lease['job_id']}/complete", done, token="worker")
+        path = f"/publications/{publication['publication_id']}"
+        ready = wait_until(lambda: (p := self.ok("GET", path))["state"] == "awaiting_signature" and p, "ready to sign")
+        release = parse_release(base64.b64decode(ready["release"]))
+        envelope = base64.b64encode(sign_release(release, self.publisher)).decode()
+        assert self.ok("POST", f"{path}/sign", {"envelope": envelope})["state"] == "released"
+        return {"release": release.digest, "manifest": manifest}
+
+
+CHUNK_BYTES = 64 * 1024
+
+
+def make_manifest(name: str, payload: bytes, source_digest: str) -> Manifest:
+    """A manifest of one file in chunks of 64 KiB."""
+    pieces = [payload[i : i + CHUNK_BYTES] for i in range(0, len(payload), CHUNK_BYTES)]
+    file = ArtefactFile(
+        path="m.onnx",
+        size_bytes=len(payload),
+        digest=sha256(payload),
+        chunks=[Chunk(digest=sha256(piece), size_bytes=len(piece)) for piece in pieces],
+    )
+    return Manifest(
+        name=name, kind="tensor", target="cpu-x86", runtime="onnxruntime", precision="fp32", files=[file],
+        entry="m.onnx", source_digest=source_digest,
+    )  # fmt: skip
+
+
+class FakeDevice:
+    """A device on the real broker that obeys (`behaviour` decides how an update ends: ok, fail, silent)."""
+
+    def __init__(self, control: ControlProcess, device_id: str, behaviour: str = "ok") -> None:
+        self.device_id, self.behaviour = device_id, behaviour
+        self.received: list[tuple[str, bytes]] = []
+        self.desired: Desired | None = None
+        self._models: dict[str, ModelState] = {}
+        self._lock = threading.Lock()
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "whatever")])
+        csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+        token = control.ok("POST", "/enrolments", {"device_id": device_id})["enrolment_token"]
+        body = {"enrolment_token": token, "csr_pem": csr.public_bytes(Encoding.PEM).decode()}
+        self.identity = control.ok("POST", "/enrol", body, token=None)
+        folder = control.home / "devices" / device_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        (folder / "pem").write_text(self.identity["certificate_pem"])
+        context = ssl.create_default_context(cadata=self.identity["ca_pem"])
+        context.load_cert_chain(folder / "pem", folder / "key")
+        user = f"default.{device_id}"
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, user, protocol=mqtt.MQTTv5)
+        self.client.tls_set_context(context)
+        self.client.reconnect_delay_set(1, 1)
+        self.client.on_connect = self._on_connect
+        self.client.on_message = self._on_message
+        self.is_connected = threading.Event()
+
+    def connect(self) -> None:
+        """Come online and report."""
+        self.client.connect(self.identity["mqtt"]["host"], self.identity["mqtt"]["port"], clean_start=True)
+        self.client.loop_start()
+        assert self.is_connected.wait(WAIT_S)
+
+    def close(self) -> None:
+        """Go away."""
+        self.client.disconnect()
+        self.client.loop_stop()
+
+    def topic(self, leaf: str) -> str:
+        """One of its own topics."""
+        return topics.device("default", self.device_id, leaf)
+
+    def report(self) -> None:
+        """Publish what it is."""
+        reported = Reported(
+            generation=self.desired.generation if self.desired else 0, agent_version="test", boot_epoch=1,
+            reported_at=datetime.now(UTC), hardware=Hardware(profile="fake", targets=["cpu-x86"]),
+            models=list(self._models.values()),
+        )  # fmt: skip
+        self.client.publish(self.topic("reported"), reported.to_bytes(), qos=1, retain=True)
+
+    def _on_connect(self, client: mqtt.Client, *_: Any) -> None:
+        for filter_ in (self.topic("desired"), self.topic("chunk"), self.topic("cmd/+"), topics.shared("default")):
+            client.subscribe(filter_, qos=1)
+        client.publish(self.topic("status"), Status(online=True, boot_epoch=1).to_bytes(), qos=1, retain=True)
+        self.report()
+        self.is_connected.set()
+
+    def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        self.received.append((message.topic, message.payload))
+        if message.topic != self.topic("desired") or not message.payload:
+            return
+        desired = parse(Desired, parse_envelope(message.payload).payload)
+        if self.desired is not None and desired.generation < self.desired.generation:
+            return
+        self.desired = desired
+        if self.behaviour == "silent":
+            return
+        old, self._models = self._models, {}
+        for wish in desired.models:
+            before = old.get(wish.name)
+            fails = self.behaviour == "fail" and wish.version.startswith("bad")
+            self._models[wish.name] = ModelState(
+                name=wish.name,
+                active_version=(before.active_version if before else None) if fails else wish.version,
+                active_manifest=(before.active_manifest if before else None) if fails else wish.manifest,
+                phase=Phase.IDLE if fails else Phase.COMMITTED,
+                wanted_manifest=wish.manifest,
+                attempt=wish.attempt,
+                rollout_id=wish.rollout_id,
+                result=Result.FAILED_NO_CHANGE if fails else Result.SUCCEEDED,
+                reason="probe_failed: golden outputs differ" if fails else None,
+            )
+        self.report()
+
+
+def body_of(payload: bytes) -> Any:
+    """JSON."""
+    return json.loads(payload)
