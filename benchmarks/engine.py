@@ -1,0 +1,133 @@
+"""The serving engine: on CPU against transformers in the same run, on CUDA by `engine_cuda`.
+
+CPU: SmolLM2-135M (and Qwen2.5-0.5B when its folder is in the cache) in bfloat16, same threads; prefill of 512 tokens,
+greedy decoding alone and eight at once. Ratios above 1 mean that the engine is faster. Limit of decoding alone: memory
+bandwidth over the size of the weights, given as a share of the bandwidth measured by a large copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Goal
+
+DEVICES = ("cpu", "cuda")
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "models"
+MODELS = {"smollm2": "smollm2-135m-instruct", "qwen05": "qwen2.5-coder-0.5b-instruct"}
+KINDS = ("prefill", "decode1", "decode8")
+GOALS = [Goal(f"ratio_vs_transformers_smollm2_{kind}", 1.0, ">=") for kind in KINDS]
+PREFILL_TOKENS = 512
+
+
+def run(quick: bool, device: str = "cpu") -> dict[str, float]:
+    """Measure every model that is in the cache."""
+    if device == "cuda":
+        from benchmarks import engine_cuda
+
+        return engine_cuda.run(quick, device)
+    figures: dict[str, float] = {}
+    for name, folder in MODELS.items():
+        if (CACHE / folder / "config.json").is_file():
+            figures |= _measure(name, CACHE / folder, num_new=12 if quick else 48)
+    return figures
+
+
+def _measure(name: str, folder: Path, num_new: int) -> dict[str, float]:
+    ours, weight_bytes = _ours(folder, num_new)
+    theirs = _theirs(folder, num_new)
+    figures = {}
+    for kind in KINDS:
+        figures[f"{name}_{kind}_tok_s"] = ours[kind]
+        figures[f"{name}_{kind}_tok_s_transformers"] = theirs[kind]
+        figures[f"ratio_vs_transformers_{name}_{kind}"] = ours[kind] / theirs[kind]
+    figures[f"{name}_decode1_share_of_bandwidth"] = ours["decode1"] * weight_bytes / _read_bandwidth()
+    return figures
+
+
+def _ours(folder: Path, num_new: int) -> tuple[dict[str, float], int]:
+    from cloud.serving.engine import EngineConfig, build_engine
+    from cloud.serving.request import Request, SamplingParams
+    from cloud.serving.scheduler import SchedulerConfig
+
+    limits = SchedulerConfig(max_batch_tokens=1024, max_chunk_tokens=PREFILL_TOKENS)
+    engine = build_engine(EngineConfig(folder, dtype="bfloat16", scheduler=limits))
+    params = SamplingParams(max_tokens=num_new, ignore_eos=True)
+    counter = iter(range(1 << 30))
+
+    def request(length: int, wanted: Any = params) -> Any:
+        number = next(counter)
+        return Request(
+            str(number), [(number * 31 + i * 7) % 9000 + 10 for i in range(length)], engine.root(b""), wanted
+        )
+
+    def decode(batch: int) -> float:
+        requests = [request(32) for _ in range(batch)]
+        for one in requests:
+            engine.scheduler.add(one)
+        engine.step()  # the prompts
+        began = time.perf_counter()
+        while any(one.finish_reason is None for one in requests):
+            engine.step()
+        return batch * (num_new - 1) / (time.perf_counter() - began)
+
+    one_token = SamplingParams(max_tokens=1, ignore_eos=True)
+    prefill = _best(lambda: engine.generate([request(PREFILL_TOKENS, one_token)]))
+    weights = sum(p.numel() * p.element_size() for p in _tensors(engine))
+    return {
+        "prefill": PREFILL_TOKENS / prefill,
+        "decode1": max(decode(1) for _ in range(2)),
+        "decode8": max(decode(8) for _ in range(2)),
+    }, weights
+
+
+def _theirs(folder: Path, num_new: int) -> dict[str, float]:
+    import torch
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    def decode(batch: int) -> float:
+        ids = torch.randint(10, 9000, (batch, 32))
+        with torch.inference_mode():
+            out = model(ids, use_cache=True)
+            began = time.perf_counter()
+            for _ in range(num_new - 1):
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            return batch * (num_new - 1) / (time.perf_counter() - began)
+
+    def prefill() -> None:
+        with torch.inference_mode():
+            model(torch.randint(10, 9000, (1, PREFILL_TOKENS)), use_cache=True, logits_to_keep=1)
+
+    return {
+        "prefill": PREFILL_TOKENS / _best(prefill),
+        "decode1": max(decode(1) for _ in range(2)),
+        "decode8": max(decode(8) for _ in range(2)),
+    }
+
+
+def _tensors(engine: Any) -> list[Any]:
+    weights = engine.runner.decoder.weights
+    names = ("qkv", "output", "gate_up", "down")
+    return [weights.head, *(getattr(layer, name) for layer in weights.layers for name in names)]
+
+
+def _best(function: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _read_bandwidth() -> float:
+    """Bytes per second of a sum over 256 MiB: what reading weights could reach at best."""
+    import torch
+
+    data = torch.ones(64 << 20)
+    return data.numel() * 4 / _best(lambda: data.sum())
