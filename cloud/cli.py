@@ -16,16 +16,8 @@ import typer
 import typer.core
 import typer.main
 
-from wire.errors import (
-    ForeshoreError,
-    GateFailedError,
-    IntegrityError,
-    InvalidInputError,
-    MissingExtraError,
-    NotAllowedError,
-    NotAuthenticatedError,
-    UnavailableError,
-)
+from model_registry.exit_codes import exit_code
+from wire.errors import ForeshoreError, MissingExtraError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("cloud.up.cli", "Start everything on this machine: cloud, broker, workers, gateway, agents."),
@@ -53,15 +45,6 @@ PACKAGE_EXTRAS = {
     "onnx": "compiler", "onnxruntime": "compiler", "transformers": "compiler", "gguf": "compiler",
     "sqlalchemy": "control", "alembic": "control", "fastapi": "control", "paho": "control", "uvicorn": "control",
 }  # fmt: skip
-
-EXIT_CODES: tuple[tuple[type[ForeshoreError], int], ...] = (
-    (GateFailedError, 5),
-    (IntegrityError, 5),
-    (NotAuthenticatedError, 4),
-    (NotAllowedError, 4),
-    (UnavailableError, 3),
-    (InvalidInputError, 2),
-)
 
 
 class LazyGroup(typer.core.TyperGroup):
@@ -111,11 +94,6 @@ def foreshore(
     ] = False,
 ) -> None:
     """Foreshore: compile a model once, put it safely on a fleet, answer on the device, offload to the cloud."""
-
-
-def exit_code(error: ForeshoreError) -> int:
-    """The exit code that tells a script what kind of failure this was."""
-    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
 
 
 def main() -> None:

@@ -12,14 +12,8 @@ from typing import Annotated
 import typer
 
 from edge_agent.config import Home, Profile, load_profile
-from wire.errors import (
-    ForeshoreError,
-    InvalidInputError,
-    NotAllowedError,
-    NotAuthenticatedError,
-    NotFoundError,
-    UnavailableError,
-)
+from model_registry.exit_codes import exit_code
+from wire.errors import ForeshoreError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The Foreshore edge agent.")
 HomeOption = Annotated[Path, typer.Option("--home", help="Folder of this agent.")]
@@ -77,15 +71,7 @@ def main() -> None:
         app()
     except ForeshoreError as error:
         sys.stderr.write(f"foreshore-agent: {error}\n")
-        sys.exit(_exit_code(error))
-
-
-def _exit_code(error: ForeshoreError) -> int:
-    if isinstance(error, NotAuthenticatedError | NotAllowedError):
-        return 4
-    if isinstance(error, UnavailableError):
-        return 3
-    return 2 if isinstance(error, InvalidInputError | NotFoundError) else 1
+        sys.exit(exit_code(error))
 
 
 async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None:

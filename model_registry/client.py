@@ -228,9 +228,10 @@ class ControlClient:
             attempt = min(attempt + 1, MAX_TRIES)
 
     def sign_publication(self, publication_id: str, envelope: bytes) -> Publication:
-        """Hand in the signed release."""
-        encoded = base64.b64encode(envelope).decode()
-        return publication_of(self.post(f"publications/{publication_id}/sign", {"envelope": encoded}))
+        """Hand in the signed release; the same one may be handed in again, so a lost answer costs nothing."""
+        body = {"envelope": base64.b64encode(envelope).decode()}
+        path = f"publications/{publication_id}/sign"
+        return publication_of(self.transport.call("POST", path, body=body, is_repeatable=True))
 
     def cancel_publication(self, publication_id: str) -> None:
         """Stop the jobs of a publication."""
@@ -257,7 +258,8 @@ class ControlClient:
     def complete_job(self, lease: Lease, manifest: str, *, stages: Any = None) -> None:
         """Hand in the digest of the uploaded manifest."""
         body: Json = {"lease_id": lease.lease_id, "manifest": manifest}
-        self.post(f"jobs/{lease.job_id}/complete", body if stages is None else {**body, "stages": stages})
+        body = body if stages is None else {**body, "stages": stages}
+        self.transport.call("POST", f"jobs/{lease.job_id}/complete", body=body, is_repeatable=True)
 
     def fail_job(self, lease: Lease, *, code: str, reason: str, log: str) -> None:
         """Say why the job failed."""

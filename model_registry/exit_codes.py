@@ -15,6 +15,7 @@ from wire.errors import (
 )
 
 FAILED = 1
+UNREACHABLE = 3
 INTERRUPTED = 130
 
 _CODE_BY_ERROR: tuple[tuple[type[ForeshoreError], int], ...] = (
@@ -22,7 +23,7 @@ _CODE_BY_ERROR: tuple[tuple[type[ForeshoreError], int], ...] = (
     (IntegrityError, 5),
     (NotAuthenticatedError, 4),
     (NotAllowedError, 4),
-    (UnavailableError, 3),
+    (UnavailableError, UNREACHABLE),
     (InvalidInputError, 2),
     (NotFoundError, 2),
     (MissingExtraError, 2),

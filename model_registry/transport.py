@@ -74,8 +74,12 @@ class Transport:
         body: Any = None,
         params: Mapping[str, Any] | None = None,
         timeout_s: float | None = None,
+        is_repeatable: bool = False,
     ) -> Any:
-        """Send JSON, return the answer's JSON (None for an empty answer)."""
+        """Send JSON, return the answer's JSON (None for an empty answer).
+
+        `is_repeatable` says that the server takes this very request twice without harm, whatever its method.
+        """
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         answer = self.fetch(
             method,
@@ -84,6 +88,7 @@ class Transport:
             params=params,
             timeout_s=timeout_s,
             headers={} if content is None else {"content-type": "application/json"},
+            is_repeatable=is_repeatable,
         )
         if not answer:
             return None
@@ -102,9 +107,13 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
+        is_repeatable: bool = False,
     ) -> bytes:
         """Return the answer's bytes, or raise the error it describes."""
-        return self._repeat(method, lambda: self._once(method, path, content, params, headers, timeout_s, max_bytes))
+        return self._repeat(
+            is_repeatable or method in _REPEATABLE,
+            lambda: self._once(method, path, content, params, headers, timeout_s, max_bytes),
+        )
 
     def stream(self, path: str, *, headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
         """The body of a GET in pieces, without retries."""
@@ -134,13 +143,13 @@ class Transport:
         """Wait before try number `attempt` + 1: doubling from half a second, at most `MAX_PAUSE_S`, jittered."""
         self._sleep(max(at_least_s, min(MAX_PAUSE_S, 0.5 * 2.0**attempt) * (0.1 + 0.9 * self._jitter())))
 
-    def _repeat(self, method: str, send: Callable[[], bytes]) -> bytes:
+    def _repeat(self, is_repeatable: bool, send: Callable[[], bytes]) -> bytes:
         for attempt in range(MAX_TRIES):
             try:
                 return send()
             except UnavailableError as error:
                 is_unsent = isinstance(error.__cause__, httpx.ConnectError)
-                if attempt == MAX_TRIES - 1 or not (method in _REPEATABLE or is_unsent):
+                if attempt == MAX_TRIES - 1 or not (is_repeatable or is_unsent):
                     raise
                 self.pause(attempt, at_least_s=_asked_pause(error))
         raise AssertionError("unreachable")

@@ -33,7 +33,10 @@ class AnswerResult:
     answer: str
     ttft_ms: float | None = None
     tokens_per_s: float | None = None
+    prompt_tokens: int = 0
     cached_tokens: int = 0
+    path: str = ""  # the cloud's workers, where they answered
+    tries: int = 1  # more than one when a process was being restarted
 
 
 @dataclass
@@ -67,14 +70,13 @@ class Report:
             mark = "[green]ok[/green]" if step.ok else "[red]FAILED[/red]"
             steps.add_row(step.name, mark, f"{step.seconds:.1f}", size, step.sentence)
         console.print(steps)
-        answers = Table(title="Where each request ran", title_justify="left")
-        for column in ("request", "device", "ran on", "TTFT ms", "tok/s", "cached", "why", "answer"):
-            answers.add_column(column)
+        answers = Table(title="Where each request ran, and why", title_justify="left")
+        for column in ("request", "device", "ran on", "TTFT ms", "tok/s", "cached", "why"):
+            answers.add_column(column, justify="right" if column in {"TTFT ms", "tok/s", "cached"} else "left")
         for answer in self.answers:
             ttft = "" if answer.ttft_ms is None else f"{answer.ttft_ms:.0f}"
             speed = "" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}"
-            answers.add_row(
-                answer.what, answer.device_id, answer.location, ttft, speed, str(answer.cached_tokens), answer.reason,
-                answer.answer[:60],
-            )  # fmt: skip
+            cached = f"{answer.cached_tokens}/{answer.prompt_tokens}" if answer.prompt_tokens else ""
+            place = answer.path or answer.location
+            answers.add_row(answer.what, answer.device_id, place, ttft, speed, cached, answer.reason)
         console.print(answers)

@@ -32,7 +32,8 @@ def up(
     home: Annotated[Path, typer.Option(help="Folder for all state; starting again resumes it.")] = DEFAULT_HOME,
     fleet: Annotated[str, typer.Option(help="Name of a shipped fleet or path of a fleet file.")] = "laptop",
     cloud_model: Annotated[
-        str | None, typer.Option(metavar="NAME=FOLDER", help="Language model of the serving workers; none without.")
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Language model of the serving tier; repeat for more."),
     ] = None,
 ) -> None:
     """Start control plane, broker, compile worker, serving workers, gateway and devices on this machine.
@@ -46,7 +47,7 @@ def up(
     home = home.resolve()
     supervisor = Supervisor(home / "state.json", on_change=lambda child: _say(console, child))
     try:
-        laptop = Laptop(home, load_fleet(fleet), _cloud_model(cloud_model), supervisor)
+        laptop = Laptop(home, load_fleet(fleet), [_cloud_model(text) for text in cloud_model or []], supervisor)
         laptop.start()
         console.print(f"[bold]Foreshore is up.[/bold] Pages: {laptop.control_url}/", soft_wrap=True)
         console.print(f"Log in with the token in {laptop.admin_token_file}. Ctrl-C stops everything.", soft_wrap=True)
@@ -70,9 +71,7 @@ class _StopFlag:
             raise KeyboardInterrupt
 
 
-def _cloud_model(text: str | None) -> CloudModel | None:
-    if text is None:
-        return None
+def _cloud_model(text: str) -> CloudModel:
     name, separator, folder = text.partition("=")
     if not separator or not (Path(folder) / "config.json").is_file():
         raise InvalidInputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +28,27 @@ SERVING_READY_S = 180.0
 
 @dataclass(frozen=True)
 class CloudModel:
-    """The language model that the serving workers hold: its name for applications and its folder."""
+    """A language model of the serving tier: its name for applications and its folder."""
 
     name: str
     folder: Path
 
 
+def place(fleet: Fleet, models: Sequence[CloudModel]) -> list[tuple[ServingWorker, CloudModel]]:
+    """Which serving worker holds which model: the fleet's workers the first one, one more worker each further one."""
+    first = [(worker, models[0]) for worker in fleet.workers] if models else []
+    alone = models if models and not first else models[1:]
+    return first + [(ServingWorker(name=f"serve-{model.name}", role="both"), model) for model in alone]
+
+
 class Laptop:
     """One machine's worth of Foreshore."""
 
-    def __init__(self, home: Path, fleet: Fleet, model: CloudModel | None, supervisor: Supervisor) -> None:
+    def __init__(self, home: Path, fleet: Fleet, models: Sequence[CloudModel], supervisor: Supervisor) -> None:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.home = home
         self._fleet = fleet
-        self._model = model
+        self._models = tuple(models)
         self._supervisor = supervisor
         self._ports = Ports(home / "ports.json")
 
@@ -72,7 +80,7 @@ class Laptop:
 
     @property
     def _has_serving(self) -> bool:
-        return self._model is not None and bool(self._fleet.workers)
+        return bool(self._models)
 
     def _start_control(self, gateway_port: int | None) -> None:
         port, mqtt_port = self._ports.get("control"), self._ports.get("mqtt")
@@ -98,23 +106,22 @@ class Laptop:
         self._supervisor.start(self._foreshore("compile-1", command, has_port=False))
 
     def _start_serving(self, gateway_port: int) -> None:
-        assert self._model is not None
-        workers = [(worker, self._ports.get(worker.name)) for worker in self._fleet.workers]
-        children = [self._supervisor.start(self._serving_spec(worker, port)) for worker, port in workers]
+        placed = [(worker, model, self._ports.get(worker.name)) for worker, model in place(self._fleet, self._models)]
+        children = [self._supervisor.start(self._serving_spec(worker, model, port)) for worker, model, port in placed]
         command = ["gateway", "--port", str(gateway_port), "--control", self.control_url]
         command += ["--control-token-file", str(self.home / "cloud" / "tokens" / "gateway")]
-        command += ["--model-name", self._model.name, "--tokenizer", str(self._model.folder)]
-        for worker, port in workers:
-            command += ["--worker", f"{worker.name}={worker.role}@{HOST}:{port}"]
+        for model in self._models:
+            command += ["--model-name", model.name, "--tokenizer", str(model.folder)]
+        for worker, model, port in placed:
+            command += ["--worker", f"{worker.name}={worker.role}@{HOST}:{port}#{model.name}"]
         children.append(self._supervisor.start(self._foreshore("gateway", command)))
         self._supervisor.run_until(
             lambda: all(child.is_ready for child in children), timeout_s=SERVING_READY_S, what="the serving tier"
         )
         self._supervisor.addresses["gateway"] = f"http://{HOST}:{gateway_port}"
 
-    def _serving_spec(self, worker: ServingWorker, port: int) -> ChildSpec:
-        assert self._model is not None
-        command = ["serve", "--role", worker.role, "--model", str(self._model.folder), "--port", str(port)]
+    def _serving_spec(self, worker: ServingWorker, model: CloudModel, port: int) -> ChildSpec:
+        command = ["serve", "--role", worker.role, "--model", str(model.folder), "--port", str(port)]
         return self._foreshore(worker.name, command)
 
     def _start_device(self, device: Device) -> None:
