@@ -24,14 +24,16 @@ from compiler.gguf_import import import_gguf
 from compiler.quantise import count_integer_kernels, quantise
 from compiler.recipe import Recipe, TensorRecipe
 from compiler.targets import Target
+from compiler.tensorrt import NoBuilder, build_engine, find_builder
 from model_registry.chunking import describe_folder
-from model_registry.manifest import GateResult, Golden, Kind, Manifest, Requirements, Vision
+from model_registry.manifest import Engine, GateResult, Golden, Kind, Manifest, Requirements, Vision, sha256
 from wire.errors import GateFailedError, InvalidInputError
 
 FORMAT_VERSION = 1  # raise when a stage's output changes for the same inputs and tools
 MAX_GOLDEN_BYTES = 256 << 20
 _TOOLS = ("gguf", "onnx", "onnxruntime", "onnxruntime-genai", "onnxslim", "torch", "transformers")
 _RUNTIME_OVERHEAD_BYTES = 96 << 20
+ENGINE_FILE = "model.engine"
 
 Report = Callable[[str, float, str], None]
 Array = np.ndarray[Any, Any]
@@ -82,12 +84,9 @@ def compile_model(job: CompileJob, out: Path, cache: BuildCache, report: Report)
     if tensor != (job.kind == "tensor"):
         raise InvalidInputError(f"a {job.source_format} source is not a {job.kind} model", remedy="give the right kind")
     model = (_compile_tensor if tensor else _compile_language)(job, recipe, out, cache, report)
+    engine = _add_engine(job, model, cache, report)
     report("package", 0.95, "cutting into chunks")
-    (out / "recipe.json").write_text(
-        json.dumps(
-            recipe.model_dump(mode="json") | {"target": job.target.model_dump(mode="json")}, indent=1, sort_keys=True
-        )
-    )
+    (out / "recipe.json").write_text(_recipe_json(recipe, job.target, engine))
     files = describe_folder(out)
     manifest = Manifest(
         name=job.name,
@@ -104,6 +103,7 @@ def compile_model(job: CompileJob, out: Path, cache: BuildCache, report: Report)
             cpu_features=job.target.cpu_features,
         ),
         context_tokens=model.context_tokens,
+        engine=engine if isinstance(engine, Engine) else None,
         golden=model.golden,
         vision=model.vision,
         gates=model.gates,
@@ -113,6 +113,40 @@ def compile_model(job: CompileJob, out: Path, cache: BuildCache, report: Report)
     )
     report("package", 1.0, f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.chunk_list())} chunks")
     return Artefact(out, manifest)
+
+
+def _add_engine(job: CompileJob, model: _Model, cache: BuildCache, report: Report) -> Engine | NoBuilder | None:
+    """Put the target's engine beside the portable graph; `NoBuilder` says why the artefact goes without."""
+    wanted = job.target.engine
+    if wanted is None:
+        return None
+    builder = find_builder(wanted.builder)
+    if job.kind != "tensor":
+        builder = NoBuilder(
+            "the language model's graph holds ONNX Runtime's own operators, which TensorRT does not read"
+        )
+    if isinstance(builder, NoBuilder):
+        report("engine", 0.9, f"portable ONNX only: {builder.reason}")
+        return builder
+    report("engine", 0.9, f"{builder.name} {builder.version} for {', '.join(wanted.compute_capabilities)}")
+    graph = model.folder / model.entry
+    inputs = {"graph": sha256(graph.read_bytes()), "engine": wanted.model_dump(), "version": builder.version}
+    built = cache.get_or_build("engine", inputs, lambda to: build_engine(builder, wanted, graph, to / ENGINE_FILE))
+    shutil.copyfile(built.folder / ENGINE_FILE, model.folder / ENGINE_FILE)
+    return Engine(
+        path=ENGINE_FILE,
+        builder=wanted.builder,
+        builder_version=builder.version,
+        compute_capabilities=wanted.compute_capabilities,
+    )
+
+
+def _recipe_json(recipe: Recipe, target: Target, engine: Engine | NoBuilder | None) -> str:
+    """What a device or a person needs to build the artefact again: the filled recipe, the target, the engine's fate."""
+    document = recipe.model_dump(mode="json") | {"target": target.model_dump(mode="json")}
+    if isinstance(engine, NoBuilder):
+        document["engine_not_built"] = engine.reason
+    return json.dumps(document, indent=1, sort_keys=True)
 
 
 def tool_versions() -> dict[str, str]:

@@ -40,6 +40,16 @@ class LanguageScheme(_Strict):
     precision: LanguagePrecision = "fp32"
 
 
+class EngineTarget(_Strict):
+    """The TensorRT engine of this class of devices: who builds it and for which compute capabilities ("8.6")."""
+
+    builder: Literal["tensorrt-rtx", "tensorrt"]
+    compute_capabilities: Annotated[
+        list[Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]], Field(min_length=1, max_length=8)
+    ]
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
+
+
 class Target(_Strict):
     """One class of devices."""
 
@@ -49,6 +59,7 @@ class Target(_Strict):
     cpu_features: list[str] = Field(default_factory=list, max_length=16)
     tensor: TensorScheme = TensorScheme()
     language: LanguageScheme = LanguageScheme()
+    engine: EngineTarget | None = None
 
 
 def parse_target(document: Any) -> Target:

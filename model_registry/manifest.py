@@ -129,6 +129,15 @@ class Requirements(_Document):
     runtime_version: str | None = None  # lowest version that loads it
 
 
+class Engine(_Document):
+    """A device-specific engine beside the portable graph. It loads only where version and capability agree."""
+
+    path: str
+    builder: Literal["tensorrt-rtx", "tensorrt"]
+    builder_version: Annotated[str, Field(max_length=64)]
+    compute_capabilities: list[Annotated[str, Field(max_length=8)]] = Field(min_length=1, max_length=8)
+
+
 class Manifest(_Document):
     """One artefact."""
 
@@ -142,6 +151,7 @@ class Manifest(_Document):
     entry: str  # the file (or ".") that the runtime opens
     requires: Requirements = Requirements()
     context_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    engine: Engine | None = None
     golden: Golden | None = None
     vision: Vision | None = None
     gates: list[GateResult] = Field(default_factory=list, max_length=64)
@@ -159,6 +169,8 @@ class Manifest(_Document):
             raise ValueError(f"entry {self.entry!r} is none of the files")
         if self.golden is not None and self.golden.path not in paths:
             raise ValueError(f"golden file {self.golden.path!r} is none of the files")
+        if self.engine is not None and self.engine.path not in paths:
+            raise ValueError(f"engine file {self.engine.path!r} is none of the files")
         return self
 
     @property
