@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from tests.fakes.agent_plane import AgentProcess, Plane
+from tests.fakes.language_artefact import built_language_model
 
-MODELS = Path(__file__).resolve().parents[2] / ".cache" / "models"
 PROMPT, PARIS = [504, 3575, 282, 4649, 314], [7042]  # "The capital of France is", " Paris"
 pytestmark = [pytest.mark.models, pytest.mark.slow]
 
 
-def _built() -> Path:
-    for config in sorted(MODELS.glob("*/genai_config.json")):
-        return config.parent
-    pytest.skip(f"no onnxruntime-genai folder below {MODELS}: foreshore compile the language model into it first")
-
-
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
-    folder = _built()
+    folder = built_language_model()
     tmp_path = tmp_path_factory.mktemp("agent")
     plane = Plane(tmp_path / "plane")
+    plane.is_silent = True  # the content comes over HTTP, which is faster here than the small plane's MQTT
     profile = tmp_path / "profile.yaml"
-    profile.write_text("name: test\ntargets: [cpu-x86]\nmemory_budget_bytes: 2000000000\nmax_context_tokens: 512\n")
+    profile.write_text(
+        "name: test\ntargets: [cpu-x86]\nmemory_budget_bytes: 2000000000\nmax_context_tokens: 512\nfetch_stall_s: 0.3\n"
+    )
     agent = AgentProcess(tmp_path / "home")
     try:
         agent.enrol(plane.url, str(profile))

@@ -43,9 +43,9 @@ PAGE_BYTES = 64 * 1024
 
 
 def tiny_model(scale: float, *, padding_bytes: int = 0) -> bytes:
-    """y = scale * x for 4 numbers; `padding_bytes` of noise make the file as large as a test wants it."""
+    """y = scale * x for 4 numbers; `padding_bytes` that no codec shortens make the file as large as a test wants it."""
     rng = np.random.default_rng(int(scale * 1000))
-    padding = rng.standard_normal(max(padding_bytes // 4, 1)).astype(np.float32)
+    padding = np.frombuffer(rng.bytes(4 * max(padding_bytes // 4, 1)), np.int32)
     nodes = [helper.make_node("Mul", ["x", "scale"], ["y"])]
     weights = [numpy_helper.from_array(np.float32([scale]), "scale"), numpy_helper.from_array(padding, "padding")]
     graph = helper.make_graph(
@@ -317,8 +317,8 @@ class AgentProcess:
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
 
-    def enrol(self, url: str, profile: str) -> None:
-        command = ["enrol", "--url", url, "--token", "x", "--home", str(self.home), "--profile", profile]
+    def enrol(self, url: str, profile: str, token: str = "x") -> None:
+        command = ["enrol", "--url", url, "--token", token, "--home", str(self.home), "--profile", profile]
         subprocess.run([sys.executable, "-m", "edge_agent.cli", *command], check=True, timeout=60)
 
     def start(self, timeout_s: float = 40) -> None:

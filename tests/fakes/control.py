@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,17 @@ class ControlProcess:
         return answer.json() if answer.content else None
 
     def put_blob(self, data: bytes) -> str:
-        """Upload."""
-        headers = {"authorization": f"Bearer {self.token()}"}
-        answer = httpx.put(f"{self.url}/api/v1/blobs/{sha256(data)}", content=data, headers=headers, timeout=30)
-        assert answer.is_success, answer.text
+        """Upload; the digest."""
+        self.put_blobs([data])
         return sha256(data)
+
+    def put_blobs(self, blobs: Iterable[bytes]) -> None:
+        """Upload several over one connection."""
+        headers = {"authorization": f"Bearer {self.token()}"}
+        with httpx.Client(base_url=f"{self.url}/api/v1", headers=headers, timeout=30) as client:
+            for data in blobs:
+                answer = client.put(f"/blobs/{sha256(data)}", content=data)
+                assert answer.is_success, answer.text
 
     def publish(self, name: str, payload: bytes, version: str | None = None) -> dict[str, Any]:
         """Publish `payload` as a one-file model through a simulated worker; the release's document."""
@@ -108,11 +114,10 @@ class ControlProcess:
         source = self.put_blob(b"source of " + payload[:100])
         files = [{"path": "m.onnx", "digest": source, "size_bytes": len(b"source of " + payload[:100])}]
         order = {"name": name, "targets": ["cpu-x86"], "source": {"format": "onnx", "files": files}, "version": version}
+        self.put_blobs(payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES))
         publication = self.ok("POST", "/publications", order)
         lease = self.ok("POST", "/jobs/lease", {"worker_id": "w"}, token="worker")
         manifest = make_manifest(name, payload, lease["spec"]["source"]["digest"])
-        for start in range(0, len(payload), CHUNK_BYTES):
-            self.put_blob(payload[start : start + CHUNK_BYTES])
         self.put_blob(manifest.to_bytes())
         done = {"lease_id": lease["lease_id"], "manifest": manifest.digest}
         self.ok("POST", f"/jobs/{lease['job_id']}/complete", done, token="worker")
