@@ -23,7 +23,15 @@ PROBE = "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name)
 def install(folder: Path, extra: str) -> Path:
     """A new environment with `foreshore[extra]` alone; its bin folder."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
-    command = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    command = [
+        folder / "bin" / "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--disable-pip-version-check",
+        "-c",
+        "constraints.txt",
+    ]
     done = subprocess.run([*command, f".[{extra}]"], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "bin"
