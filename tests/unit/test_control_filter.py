@@ -38,7 +38,8 @@ def fill(database: Database) -> None:
             models = [{"name": "vision", "active_version": "1.0.0"}] if name == "dock-1" else []
             device = Device(
                 tenant="home", device_id=name, enrolled_at=datetime.now(UTC), certificate_serial="1",
-                online=facts["online"], hardware={key: facts[key] for key in ("profile", "targets", "memory_bytes")}, labels=facts["labels"],
+                online=facts["online"],
+                hardware={key: facts[key] for key in ("profile", "targets", "memory_bytes")}, labels=facts["labels"],
                 desired_models=[], attempts={},
                 reported={"agent_version": facts["agent"], "models": models} if facts["agent"] else None,
             )  # fmt: skip

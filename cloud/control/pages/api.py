@@ -74,6 +74,10 @@ class PageApi:
         """Send `body` as JSON; the answer's JSON, None when it has no body."""
         return await self._call("POST", path, json=body)
 
+    async def put(self, path: str, body: Any) -> Any:
+        """Replace what is at `path`."""
+        return await self._call("PUT", path, json=body)
+
     async def delete(self, path: str) -> Any:
         """Delete what is at `path`."""
         return await self._call("DELETE", path)

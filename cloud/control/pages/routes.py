@@ -18,9 +18,10 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import RedirectResponse, Response
 
 from cloud.control.pages.api import PageApi
-from cloud.control.pages.forms import rollout_order
+from cloud.control.pages.forms import group_body, labels_body, rollout_order, webhook_body
 from cloud.control.pages.qr import qr_svg
 from cloud.control.pages.render import Renderer
+from cloud.control.pages.rollout_view import rollout_view
 from cloud.control.pages.session import (
     COOKIE,
     CSRF_FIELD,
@@ -31,14 +32,23 @@ from cloud.control.pages.session import (
     require_same_origin,
     set_session,
 )
-from cloud.control.pages.views import candidates_of, fleet_health, rollout_view
+from cloud.control.pages.views import candidates_of, fleet_health
 from wire import decision
-from wire.errors import ForeshoreError, InvalidInputError, NotAllowedError, NotAuthenticatedError, NotFoundError
+from wire.errors import (
+    ConflictError,
+    ForeshoreError,
+    InvalidInputError,
+    NotAllowedError,
+    NotAuthenticatedError,
+    NotFoundError,
+)
 
 MAX_FORM_BYTES = 64 * 1024
 RECENT = 8
 LOG_LENGTH = 100
-ROLLOUT_ACTIONS = frozenset({"start", "pause", "resume", "halt", "rollback"})
+ROLLOUT_ACTIONS = frozenset({"approve", "start", "pause", "resume", "halt", "retry", "rollback"})
+WEBHOOK_ACTIONS = frozenset({"ping", "delete"})
+REFUSALS = (ConflictError, InvalidInputError, NotAllowedError, NotFoundError)
 
 Handler = Callable[[Request, PageApi], Awaitable[Response]]
 
@@ -56,14 +66,20 @@ def router(app: FastAPI) -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     for path, handler in (
         ("/", pages.overview), ("/devices", pages.devices), ("/devices/{device_id}", pages.device),
-        ("/models", pages.models), ("/models/{name}", pages.model), ("/rollouts", pages.rollouts),
-        ("/rollouts/{rollout_id}", pages.rollout), ("/decisions", pages.decisions),
-        ("/decisions/{decision_id}", pages.decision), ("/enrol", pages.enrol),
+        ("/models", pages.models), ("/models/{name}", pages.model), ("/groups", pages.groups),
+        ("/rollouts", pages.rollouts), ("/rollouts/new", pages.new_rollout), ("/rollouts/{rollout_id}", pages.rollout),
+        ("/decisions", pages.decisions), ("/decisions/{decision_id}", pages.decision), ("/enrol", pages.enrol),
+        ("/audit", pages.audit), ("/audit/export", pages.export_audit), ("/webhooks", pages.webhooks),
+        ("/webhooks/{webhook_id}", pages.webhook),
     ):  # fmt: skip
         routes.add_api_route(path, pages.shown(handler), methods=["GET"])
     for path, handler in (
         ("/rollouts", pages.create_rollout), ("/rollouts/{rollout_id}/{action}", pages.steer_rollout),
-        ("/devices/{device_id}/revoke", pages.revoke), ("/enrol", pages.create_enrolment), ("/logout", pages.logout),
+        ("/devices/{device_id}/revoke", pages.revoke), ("/devices/{device_id}/labels", pages.label),
+        ("/groups", pages.create_group), ("/groups/{name}/delete", pages.delete_group),
+        ("/webhooks", pages.create_webhook), ("/webhooks/{webhook_id}/{action}", pages.steer_webhook),
+        ("/webhook-deliveries/{delivery_id}/resend", pages.resend), ("/enrol", pages.create_enrolment),
+        ("/logout", pages.logout),
     ):  # fmt: skip
         routes.add_api_route(path, pages.sent(handler), methods=["POST"])
     routes.add_api_route("/login", pages.login_form, methods=["GET"])
@@ -185,45 +201,161 @@ class Pages:
         own = model.get("versions") or model.get("releases") or [r for r in releases if r.get("name") == name]
         return self._page(request, "model.html", model=model, releases=own)
 
+    async def label(self, request: Request, api: PageApi) -> Response:
+        """Replace a device's labels."""
+        name = _part(request.path_params["device_id"])
+        await api.put(f"/devices/{name}/labels", labels_body(request.state.form))
+        return RedirectResponse(f"/devices/{name}#labels", status_code=303)
+
+    # groups
+
+    async def groups(self, request: Request, api: PageApi) -> Response:
+        """All groups; with `?filter=`, which devices such a group would hold now."""
+        given = {"filter": request.query_params.get("filter", ""), "name": request.query_params.get("name", "")}
+        return await self._groups(request, api, given, None)
+
+    async def _groups(
+        self, request: Request, api: PageApi, given: dict[str, str], problem: ForeshoreError | None
+    ) -> Response:
+        found: list[dict[str, Any]] | None = None
+        if given.get("filter") and problem is None:
+            try:
+                found = await api.all("/devices", filter=given["filter"])
+            except InvalidInputError as error:
+                problem = error
+        return self._page(
+            request, "groups.html", status=problem.http_status if problem else 200, problem=problem, given=given,
+            found=found, groups=await api.all("/groups"),
+        )  # fmt: skip
+
+    async def create_group(self, request: Request, api: PageApi) -> Response:
+        """Make a group."""
+        form: dict[str, str] = request.state.form
+        try:
+            await api.post("/groups", group_body(form))
+        except REFUSALS as error:
+            return await self._groups(request, api, form, error)
+        return RedirectResponse("/groups", status_code=303)
+
+    async def delete_group(self, request: Request, api: PageApi) -> Response:
+        """Forget a group."""
+        await api.delete(f"/groups/{_part(request.path_params['name'])}")
+        return RedirectResponse("/groups", status_code=303)
+
     # rollouts
 
     async def rollouts(self, request: Request, api: PageApi) -> Response:
-        """All rollouts, and the form for a new one."""
-        return await self._rollouts(request, api, {}, None)
+        """All rollouts."""
+        rollouts = await api.all("/rollouts")
+        return self._page(request, "rollouts.html", rollouts=[rollout_view(one) for one in rollouts])
 
-    async def _rollouts(
+    async def new_rollout(self, request: Request, api: PageApi) -> Response:
+        """The form for a new rollout."""
+        given = {name: request.query_params.get(name, "") for name in ("release", "group")}
+        return await self._new_rollout(request, api, given, None)
+
+    async def _new_rollout(
         self, request: Request, api: PageApi, given: dict[str, str], problem: ForeshoreError | None
     ) -> Response:
-        rollouts, releases, groups = await asyncio.gather(
-            api.all("/rollouts"), api.all("/releases"), api.all("/groups")
-        )
-        names = sorted({"all", *(str(group["name"]) for group in groups)})
+        releases, groups = await asyncio.gather(api.all("/releases"), api.all("/groups"))
+        if not any(group["name"] == "all" for group in groups):
+            groups = [{"name": "all"}, *groups]
         return self._page(
-            request, "rollouts.html", status=problem.http_status if problem else 200, problem=problem, given=given,
-            rollouts=[rollout_view(one) for one in rollouts], releases=releases, groups=names,
+            request, "rollout_new.html", status=problem.http_status if problem else 200, problem=problem, given=given,
+            releases=releases, groups=groups,
         )  # fmt: skip
 
     async def create_rollout(self, request: Request, api: PageApi) -> Response:
-        """Create and start a rollout as the form says."""
+        """Create a rollout as the form says, and start it unless it is to stay a draft."""
         form: dict[str, str] = request.state.form
         try:
             created = await api.post("/rollouts", rollout_order(form))
-        except (InvalidInputError, NotFoundError, NotAllowedError) as error:
-            return await self._rollouts(request, api, form, error)
+        except REFUSALS as error:
+            return await self._new_rollout(request, api, form, error)
         return RedirectResponse(f"/rollouts/{_part(str(created['rollout_id']))}", status_code=303)
 
     async def rollout(self, request: Request, api: PageApi) -> Response:
         """One rollout as it moves."""
+        return await self._rollout(request, api, None)
+
+    async def _rollout(self, request: Request, api: PageApi, problem: ForeshoreError | None) -> Response:
         document = await api.get(f"/rollouts/{_part(request.path_params['rollout_id'])}")
-        return self._page(request, "rollout.html", rollout=rollout_view(document))
+        return self._page(
+            request, "rollout.html", status=problem.http_status if problem else 200, rollout=rollout_view(document),
+            problem=problem,
+        )  # fmt: skip
 
     async def steer_rollout(self, request: Request, api: PageApi) -> Response:
-        """Start, pause, resume, halt or roll back."""
-        rollout_id, action = request.path_params["rollout_id"], request.path_params["action"]
+        """Approve, start, pause, resume, halt, retry what failed, or roll back."""
+        rollout_id, action = _part(request.path_params["rollout_id"]), request.path_params["action"]
         if action not in ROLLOUT_ACTIONS:
             raise NotFoundError(f"a rollout has no action {action!r}", remedy=f"one of {', '.join(ROLLOUT_ACTIONS)}")
-        await api.post(f"/rollouts/{_part(rollout_id)}/{action}", {})
-        return RedirectResponse(f"/rollouts/{_part(rollout_id)}", status_code=303)
+        reason = request.state.form.get("reason", "").strip()[:500]
+        try:
+            await api.post(f"/rollouts/{rollout_id}/{action}", {"reason": reason})
+        except (ConflictError, NotAllowedError) as error:
+            return await self._rollout(request, api, error)
+        return RedirectResponse(f"/rollouts/{rollout_id}", status_code=303)
+
+    # audit and webhooks
+
+    async def audit(self, request: Request, api: PageApi) -> Response:
+        """Who changed what, newest first, and whether the chain is whole."""
+        action = request.query_params.get("action", "")[:64]
+        entries, verdict = await asyncio.gather(
+            api.newest("/audit", LOG_LENGTH, action=action), api.get("/audit/verify")
+        )
+        return self._page(request, "audit.html", entries=entries, verdict=verdict, action=action)
+
+    async def export_audit(self, request: Request, api: PageApi) -> Response:
+        """The chain as a file; the API gives it to the browser's own session."""
+        return RedirectResponse("/api/v1/audit/export", status_code=303)
+
+    async def webhooks(self, request: Request, api: PageApi) -> Response:
+        """Who is told of changes, and the form for one more."""
+        return await self._webhooks(request, api, {}, None, None)
+
+    async def _webhooks(
+        self, request: Request, api: PageApi, given: dict[str, str], made: Any, problem: ForeshoreError | None
+    ) -> Response:
+        return self._page(
+            request, "webhooks.html", status=problem.http_status if problem else 200, problem=problem, given=given,
+            made=made, webhooks=await api.all("/webhooks"),
+        )  # fmt: skip
+
+    async def create_webhook(self, request: Request, api: PageApi) -> Response:
+        """Make a webhook and show its secret, once."""
+        form: dict[str, str] = request.state.form
+        try:
+            made = await api.post("/webhooks", webhook_body(form))
+        except REFUSALS as error:
+            return await self._webhooks(request, api, form, None, error)
+        return await self._webhooks(request, api, {}, made, None)
+
+    async def webhook(self, request: Request, api: PageApi) -> Response:
+        """One webhook with what it was told."""
+        webhook_id = request.path_params["webhook_id"]
+        hooks, deliveries = await asyncio.gather(
+            api.all("/webhooks"), api.newest(f"/webhooks/{_part(webhook_id)}/deliveries", LOG_LENGTH)
+        )
+        hook = next(one for one in hooks if one["webhook_id"] == webhook_id)
+        return self._page(request, "webhook.html", hook=hook, deliveries=deliveries)
+
+    async def steer_webhook(self, request: Request, api: PageApi) -> Response:
+        """Try a webhook, or forget it."""
+        webhook_id, action = _part(request.path_params["webhook_id"]), request.path_params["action"]
+        if action not in WEBHOOK_ACTIONS:
+            raise NotFoundError(f"a webhook has no action {action!r}", remedy=f"one of {', '.join(WEBHOOK_ACTIONS)}")
+        if action == "delete":
+            await api.delete(f"/webhooks/{webhook_id}")
+            return RedirectResponse("/webhooks", status_code=303)
+        await api.post(f"/webhooks/{webhook_id}/ping")
+        return RedirectResponse(f"/webhooks/{webhook_id}", status_code=303)
+
+    async def resend(self, request: Request, api: PageApi) -> Response:
+        """Send a message again."""
+        await api.post(f"/webhook-deliveries/{_part(request.path_params['delivery_id'])}/resend")
+        return RedirectResponse(_inside(request.state.form.get("next")), status_code=303)
 
     # decisions
 
