@@ -64,7 +64,8 @@ def _rollout() -> dict[str, Any]:
 def _other_rollouts(rollout: dict[str, Any]) -> list[dict[str, Any]]:
     """One that moves and one that waits for a second person."""
     moving = {**rollout, "rollout_id": "ro-2", "status": "running", "reason": "", "version": "1.2.0",
-              "decision_id": None, "counts": {"succeeded": 40, "offered": 12, "pending": 50}, "num_devices": 102}  # fmt: skip
+              "decision_id": None, "counts": {"succeeded": 40, "offered": 12, "pending": 50},
+              "num_devices": 102}  # fmt: skip
     moving["devices"] = [
         {"device_id": "dock-camera-1", "wave": 1, "state": "succeeded", "phase": "committed"},
         {"device_id": "till-17", "wave": 2, "state": "offered", "phase": "wait_window", "deadline": NOW},

@@ -176,7 +176,7 @@ def _wave(wave: Json, status: str, gate: Json, slots: list[SlotView]) -> WaveVie
     num_failed = sum(counts.get(state, 0) for state in FAILED_SLOTS)
     num_counted = len(slots) - sum(counts.get(state, 0) for state in LEFT_OUT_SLOTS)
     needed = float(gate.get("min_success_ratio", 1))
-    share = f"{num_succeeded / num_counted:.0%}" if num_counted else "–"
+    best = (num_counted - num_failed) / num_counted if num_counted else 1.0
     number = int(wave["wave"])
     ranked = sorted(slots, key=lambda slot: (WATCHED_FIRST.index(slot.state), slot.device_id))
     return WaveView(
@@ -187,7 +187,7 @@ def _wave(wave: Json, status: str, gate: Json, slots: list[SlotView]) -> WaveVie
         num_devices=len(slots),
         num_succeeded=num_succeeded,
         num_failed=num_failed,
-        success_text=f"{share} succeeded, {needed:.0%} needed",
+        success_text=f"{best:.0%} still possible, {needed:.0%} needed" if num_failed else f"{needed:.0%} needed",
         bar=_bar(counts),
         is_open=bool(num_failed) or bool(wave.get("is_current")),
     )

@@ -285,6 +285,10 @@ class Pages:
             problem=problem,
         )  # fmt: skip
 
+    async def back_to_rollout(self, request: Request, api: PageApi) -> Response:
+        """The address of an order, opened as a page: the rollout itself."""
+        return RedirectResponse(f"/rollouts/{_part(request.path_params['rollout_id'])}", status_code=303)
+
     async def steer_rollout(self, request: Request, api: PageApi) -> Response:
         """Approve, start, pause, resume, halt, retry what failed, or roll back."""
         rollout_id, action = _part(request.path_params["rollout_id"]), request.path_params["action"]
