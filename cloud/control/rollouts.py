@@ -104,11 +104,11 @@ class Rollouts:
                 raise ConflictError(f"cannot {order} a rollout that is {row.status}", remedy="resume what is paused")
             if order in ("start", "retry"):
                 _refuse_overlap(session, row.tenant, row.model, set(row.offers), besides=rollout_id)
-            self._apply(session, row, events[order])
             audit.record(
                 session, tenant=by.tenant, actor=by.subject, action=f"rollout.{order}", subject=rollout_id,
                 details={"reason": reason} if reason else {},
             )  # fmt: skip
+            self._apply(session, row, events[order])
             return details(row)
 
     # what devices and time say

@@ -78,12 +78,13 @@ def _other_rollouts(rollout: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _audit() -> list[dict[str, Any]]:
-    """Three changes."""
+    """Some changes."""
     rows = [("rollout.halted", "rollout-engine", "ro-1", {"reason": "1 failed, 0 are allowed (till-17: probe_failed)"}),
             ("device.wish", "rollout-engine", "till-17", {"model": "vision", "version": "1.1.0", "generation": 4}),
+            ("publisher-key.add", "anna", DIGEST, {"name": "release key"}),
             ("rollout.create", "anna", "ro-1", {"release": DIGEST, "group": "all", "devices": 20})]  # fmt: skip
     return [
-        {"sequence": 3 - n, "at": NOW, "tenant": "home", "actor": actor, "action": action, "subject": subject,
+        {"sequence": len(rows) - n, "at": NOW, "tenant": "home", "actor": actor, "action": action, "subject": subject,
          "details": details, "digest": DIGEST}
         for n, (action, actor, subject, details) in enumerate(rows)
     ]  # fmt: skip
@@ -163,7 +164,7 @@ def sample_app() -> FastAPI:
     @app.get("/api/v1/audit/verify")
     def verify(request: Request) -> dict[str, Any]:
         check(request)
-        return {"entries": 3, "head": DIGEST, "is_whole": True, "fault": None}
+        return {"entries": 4, "head": DIGEST, "is_whole": True, "fault": None}
 
     @app.get("/api/v1/webhooks/{webhook_id}/deliveries")
     def deliveries(webhook_id: str, request: Request) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class WaveView:
     num_devices: int
     num_succeeded: int
     num_failed: int
-    success_text: str
+    progress: str
+    gate_text: str
     bar: tuple[Segment, ...]
     is_open: bool
 
@@ -175,7 +176,9 @@ def _wave(wave: Json, status: str, gate: Json, slots: list[SlotView]) -> WaveVie
     num_succeeded = counts.get("succeeded", 0)
     num_failed = sum(counts.get(state, 0) for state in FAILED_SLOTS)
     num_counted = len(slots) - sum(counts.get(state, 0) for state in LEFT_OUT_SLOTS)
-    needed = float(gate.get("min_success_ratio", 1))
+    needed = f"gate: {float(gate.get('min_success_ratio', 1)):.0%} needed"
+    num_returned = counts.get("returned", 0)
+    done = f"{num_returned} of {len(slots)} returned" if num_returned else f"{num_succeeded} of {len(slots)} succeeded"
     best = (num_counted - num_failed) / num_counted if num_counted else 1.0
     number = int(wave["wave"])
     ranked = sorted(slots, key=lambda slot: (WATCHED_FIRST.index(slot.state), slot.device_id))
@@ -187,7 +190,8 @@ def _wave(wave: Json, status: str, gate: Json, slots: list[SlotView]) -> WaveVie
         num_devices=len(slots),
         num_succeeded=num_succeeded,
         num_failed=num_failed,
-        success_text=f"{best:.0%} still possible, {needed:.0%} needed" if num_failed else f"{needed:.0%} needed",
+        progress=done,
+        gate_text=f"{needed}, {best:.0%} still possible" if num_failed else needed,
         bar=_bar(counts),
         is_open=bool(num_failed) or bool(wave.get("is_current")),
     )

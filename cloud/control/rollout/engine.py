@@ -91,7 +91,7 @@ def _hear(state: State, event: FromDevice) -> Step:
             done = replace(device, slot=Slot.SUCCEEDED, phase="committed", reason="", deadline=None)
             return _judge(_put(state, event.device_id, done), now)
         case Failed(now=now, reason=reason) if device.slot is Slot.OFFERED:
-            done = replace(device, slot=Slot.FAILED, reason=reason, deadline=None)
+            done = replace(device, slot=Slot.FAILED, phase="", reason=reason, deadline=None)
             return _judge(_put(state, event.device_id, done), now)
     return state, ()
 
