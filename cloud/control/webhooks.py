@@ -125,6 +125,7 @@ class Webhooks:
             delivery = webhook_queue.new_delivery(_get(session, by.tenant, webhook_id), "ping", {"type": "ping"})
             session.add(delivery)
             session.flush()
+            audit.record(session, tenant=by.tenant, actor=by.subject, action="webhook.ping", subject=webhook_id)
             return _delivery(delivery)
 
     def resend(self, by: Principal, delivery_id: str) -> dict[str, Any]:
@@ -135,6 +136,10 @@ class Webhooks:
                 raise NotFoundError(f"delivery {delivery_id!r} does not exist", remedy="list the webhook's deliveries")
             delivery.state, delivery.attempts, delivery.finished_at = "pending", 0, None
             delivery.due_at = datetime.now(UTC)
+            audit.record(
+                session, tenant=by.tenant, actor=by.subject, action="webhook.resend", subject=delivery.webhook_id,
+                details={"delivery": delivery_id},
+            )  # fmt: skip
             return _delivery(delivery)
 
     def all(self, tenant: str) -> list[dict[str, Any]]:
