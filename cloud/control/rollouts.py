@@ -122,6 +122,25 @@ class Rollouts:
                     self._hear(session, row, device_id, reported)
         self._join(tenant, device_id)
 
+    def consider(self, tenant: str, group: str | None = None, device_id: str | None = None) -> None:
+        """A group or a device's labels changed: let devices join that belong to a group now."""
+        if device_id is not None:
+            self._join(tenant, device_id)
+            return
+        query = select(RolloutRow).where(
+            RolloutRow.tenant == tenant, RolloutRow.status.in_(TAKES_JOINERS), RolloutRow.joins,
+            RolloutRow.group == group,
+        )  # fmt: skip
+        with self._database.read() as session:
+            known = [set(row.state["devices"]) for row in session.scalars(query)]
+            newcomers = [
+                device.device_id
+                for device in (members(session, tenant, group) if known and group is not None else [])
+                if any(device.device_id not in one for one in known)
+            ]
+        for newcomer in newcomers:
+            self._join(tenant, newcomer)
+
     def remove_device(self, tenant: str, device_id: str) -> None:
         """A device left the fleet."""
         for rollout_id in self._with_status(tenant, UNDER_WAY):

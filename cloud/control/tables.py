@@ -133,7 +133,7 @@ class DeviceFact(Base):
     device_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(80), primary_key=True)
     value: Mapped[str] = mapped_column(String(200), primary_key=True)
-    number: Mapped[float | None]
+    number: Mapped[float | None] = mapped_column(Float)
     __table_args__ = (Index("ix_device_facts_value", "tenant", "name", "value"),)
 
 

@@ -118,5 +118,6 @@ def test_a_person_enrols_a_device_sees_a_bad_canary_halt_a_rollout_and_rolls_bac
     assert agent.scale() == 2.0
 
     follow(page, "Audit")
-    expect(page.locator("#verdict")).to_contain_text("whole")
     expect(page.locator("#log")).to_contain_text("the canary was bad")
+    page.get_by_role("link", name="Verify the chain").click()
+    expect(page.locator("#verdict")).to_contain_text("whole")

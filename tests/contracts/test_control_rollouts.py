@@ -159,9 +159,13 @@ def test_a_new_device_joins_a_finished_rollout_of_its_group(site: Site) -> None:
     site.await_status(rollout_id, "succeeded")
     late, stranger = site.device("join-b"), site.device("other")
     wait_until(lambda: runs(late) == {"join": "1.0"}, "the newcomer gets it")
+    site.await_status(rollout_id, "succeeded")
+    site.control.ok("PUT", "/groups/joiners", {"filter": "device = join-* or label.site = dock"})
+    assert runs(stranger) == {}
+    site.control.ok("PUT", "/devices/other/labels", {"labels": {"site": "dock"}})
+    wait_until(lambda: runs(stranger) == {"join": "1.0"}, "a label brings a device in")
     done = site.await_status(rollout_id, "succeeded")
     assert [wave["is_joined"] for wave in done["waves"]] == [False, True]
-    assert runs(stranger) == {}
 
 
 def test_a_paced_rollout_reaches_devices_one_by_one(site: Site) -> None:

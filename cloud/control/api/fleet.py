@@ -64,7 +64,9 @@ def revoke_device(device_id: str, plane: Plane, by: Operator) -> None:
 @router.put("/devices/{device_id}/labels")
 def label_device(device_id: str, body: LabelsBody, plane: Plane, by: Operator) -> dict[str, Any]:
     """Replace a device's labels."""
-    return summary(plane.fleet.label(by, device_id, body.labels))
+    device = plane.fleet.label(by, device_id, body.labels)
+    plane.rollouts.consider(by.tenant, device_id=device_id)
+    return summary(device)
 
 
 @router.get("/device/desired")
@@ -91,7 +93,9 @@ def create_group(body: NewGroupBody, plane: Plane, by: Operator) -> dict[str, An
 @router.put("/groups/{name}")
 def change_group(name: str, body: GroupBody, plane: Plane, by: Operator) -> dict[str, Any]:
     """Change a group."""
-    return _group(*plane.fleet.put_group(by, name, body.device_ids, body.filter, is_new=False))
+    changed = _group(*plane.fleet.put_group(by, name, body.device_ids, body.filter, is_new=False))
+    plane.rollouts.consider(by.tenant, group=name)
+    return changed
 
 
 @router.delete("/groups/{name}", status_code=204)
