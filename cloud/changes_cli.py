@@ -19,8 +19,8 @@ webhooks_app = add_group(
 )
 
 _ENTRIES = table(
-    ("entry", field("sequence")), ("when", field("at")), ("who", field("actor")), ("did", field("action")),
-    ("to", field("subject")), ("details", field("details")), empty="nothing was changed yet",
+    ("entry", field("sequence")), ("when", lambda row: row["at"][:19]), ("who", field("actor")), ("did", field("action")),
+    ("to", field("subject")), ("details", lambda row: ", ".join(f"{name}={value}" for name, value in row["details"].items())), empty="nothing was changed yet",
 )  # fmt: skip
 
 

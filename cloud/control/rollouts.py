@@ -58,7 +58,8 @@ class Rollouts:
                 raise NotFoundError(f"release {order.release[:12]} is not in the catalogue", remedy="foreshore models")
             devices = sorted(members(session, by.tenant, order.group), key=lambda d: (not d.online, d.device_id))
             placed = place(self._blobs, release, devices)
-            _refuse_overlap(session, by.tenant, release.name, set(placed.chosen))
+            if start and order.approval is None:
+                _refuse_overlap(session, by.tenant, release.name, set(placed.chosen))
             waves = rollout.plan_waves(list(placed.chosen), order.waves)
             state = rollout.new(waves, order.terms(start=start), placed.skipped)
             now = datetime.now(UTC)
@@ -102,7 +103,7 @@ class Rollouts:
                 _require_another(by, row)
             if (order, row.status) in {("start", Status.PAUSED.value), ("resume", Status.DRAFT.value)}:
                 raise ConflictError(f"cannot {order} a rollout that is {row.status}", remedy="resume what is paused")
-            if order in ("start", "retry"):
+            if order in ("approve", "start", "retry"):
                 _refuse_overlap(session, row.tenant, row.model, set(row.offers), besides=rollout_id)
             audit.record(
                 session, tenant=by.tenant, actor=by.subject, action=f"rollout.{order}", subject=rollout_id,
@@ -273,8 +274,9 @@ class Rollouts:
             device = session.get(Device, (tenant, device_id))
             if device is None or device.revoked_at is not None:
                 return
-            settled = set[str]()
-            for row in session.scalars(query.order_by(RolloutRow.created_at.desc())):
+            rows = list(session.scalars(query.order_by(RolloutRow.created_at.desc())))
+            settled = {row.model for row in rows if row.status in UNDER_WAY and device_id in row.offers}
+            for row in rows:
                 if row.model in settled:
                     continue
                 if device_id in row.state["devices"]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from cloud.cli import app
 from cloud.control.audit_chain import check_export
 from tests.fakes.control import ControlProcess, FakeDevice, wait_until
 
@@ -101,3 +105,36 @@ def test_the_exported_chain_is_whole_and_ends_where_the_control_plane_says(contr
     assert (found.num_entries, found.head) == (verified["entries"], verified["head"])
     viewer = control.ok("POST", "/tokens", {"name": "v", "role": "viewer"})["token"]
     assert control.call("GET", "/audit/export", token=viewer).status_code == 403
+
+
+def test_the_command_line_steers_labels_groups_rollouts_webhooks_and_the_chain(
+    control: ControlProcess, tmp_path: Path
+) -> None:
+    environment = {"FORESHORE_URL": control.url, "FORESHORE_TOKEN_FILE": str(control.home / "tokens" / "admin")}
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(app, list(words), env=environment)
+        assert result.exit_code == 0, (words, result.output, result.exception)
+        return result.output
+
+    device = FakeDevice(control, "cli-1")
+    device.connect()
+    wait_until(lambda: control.ok("GET", "/devices/cli-1")["reported"], "the device reports")
+    control.publish("spoken", os.urandom(500), "1.0")
+    run("devices", "label", "cli-1", "site=hamburg", "floor=3")
+    run("devices", "label", "cli-1", "floor=")
+    assert control.ok("GET", "/devices/cli-1")["labels"] == {"site": "hamburg"}
+    assert "cli-1" in run("devices", "list", "--filter", "label.site = ham*")
+    run("groups", "create", "cli", "--filter", "label.site = hamburg")
+    options = ["--group", "cli", "--pace", "60/min x2 every 10 max 600", "--window", "02:00-04:00 sat,sun", "--joins"]
+    made = json.loads(run("rollouts", "create", "spoken@1.0", *options, "--no-start", "--json"))
+    assert (made["status"], made["window"]["weekdays"], made["joins"]) == ("draft", [5, 6], True)
+    run("rollouts", "start", made["rollout_id"], "--reason", "from the terminal")
+    assert "succeeded" in run("rollouts", "watch", made["rollout_id"], "--timeout-s", "30")
+    assert run("webhooks", "create", "http://127.0.0.1:9/", "--action", "rollout.*").startswith("whsec_")
+    assert "http://127.0.0.1:9/" in run("webhooks")
+    assert "from the terminal" in run("audit", "list", "--action", "rollout.start", "--json")
+    assert "whole" in run("audit", "verify")
+    run("audit", "export", str(tmp_path / "chain.jsonl"))
+    assert "whole" in run("audit", "verify", str(tmp_path / "chain.jsonl"))
+    device.close()

@@ -120,6 +120,26 @@ def test_whoever_made_a_rollout_cannot_approve_it_and_another_person_can(site: S
     assert site.await_status(rollout_id, "succeeded")["approved_by"] == "bert"
 
 
+def test_two_rollouts_of_one_model_do_not_steer_one_device_at_the_same_time(site: Site) -> None:
+    control = site.control
+    site.device("busy-a", "silent")
+    site.device("busy-b")
+    control.ok("POST", "/groups", {"name": "busy-one", "device_ids": ["busy-a"]})
+    control.ok("POST", "/groups", {"name": "busy-two", "device_ids": ["busy-b"]})
+    release = control.publish("busy", os.urandom(500), "1.0")
+    first = site.roll_out(release, group="busy-one")
+    body = {"release": release["release"], "group": "busy-one"}
+    refused = control.call("POST", "/rollouts", {**body, "start": True})
+    assert refused.status_code == 409
+    assert "still under way on busy-a" in refused.json()["detail"]
+    draft = control.ok("POST", "/rollouts", body)["rollout_id"]
+    assert control.call("POST", f"/rollouts/{draft}/start", {}).status_code == 409
+    site.await_status(site.roll_out(release, group="busy-two"), "succeeded")  # another device is free
+    site.steer(first, "halt")
+    site.steer(draft, "start")
+    site.steer(draft, "halt")
+
+
 def test_a_halted_rollout_retries_only_what_failed(site: Site) -> None:
     site.control.ok("POST", "/groups", {"name": "retry", "filter": "device = retry-*"})
     bad, good = site.device("retry-a", "fail"), site.device("retry-b")
