@@ -32,11 +32,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "login": ("cloud.fleet_cli", "Remember a control plane's address and token."),
     "devices": ("cloud.fleet_cli", "List, show and revoke devices."),
     "groups": ("cloud.fleet_cli", "List and change groups of devices."),
-    "rollouts": ("cloud.fleet_cli", "Start, watch and steer rollouts."),
+    "rollouts": ("cloud.rollouts_cli", "Start, watch and steer rollouts."),
     "models": ("cloud.fleet_cli", "List models, releases and artefacts."),
     "jobs": ("cloud.fleet_cli", "List and cancel compile jobs."),
     "enrolments": ("cloud.fleet_cli", "Make one-time tokens for new devices."),
     "tokens": ("cloud.fleet_cli", "Make and revoke API tokens."),
+    "audit": ("cloud.changes_cli", "Read, export and verify who changed what."),
+    "webhooks": ("cloud.changes_cli", "Have changes told to an address, signed."),
     "decisions": ("cloud.fleet_cli", "Read why a request, rollout or offload was decided as it was."),
 }
 

@@ -1,7 +1,7 @@
 """The pure state machine of one model on a device: `step(state, event) -> (state, actions)`.
 
-Order of an update: PREFLIGHT, FETCH, VERIFY, STAGED (load beside the old), PROBE, SWITCH (route requests), SOAK,
-COMMITTED.
+Order of an update: PREFLIGHT, FETCH, VERIFY, WAIT_WINDOW, STAGED (load beside the old), PROBE, SWITCH (route requests),
+SOAK, COMMITTED.
 Rules, in this order:
 1. `committed` names what must be runnable; it changes only at the end of a soak, by a crash loop, or by removal.
 2. The shell writes the new state to the journal before it performs an action, so a restart finds what was intended.
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wire.messages import DesiredModel, Phase, Result
+from wire.window import Window
 
 MAX_CRASHES = 3
 """Process deaths while the candidate was loaded, or unhealthy starts of the committed model, before it is given up."""
@@ -24,7 +25,9 @@ MAX_CRASHES = 3
 MAX_WRITES = 64
 """Journal records of one update; more means that the update goes in circles."""
 
-ORDER = (Phase.PREFLIGHT, Phase.FETCH, Phase.VERIFY, Phase.STAGED, Phase.PROBE, Phase.SWITCH, Phase.SOAK)
+ORDER = (
+    Phase.PREFLIGHT, Phase.FETCH, Phase.VERIFY, Phase.WAIT_WINDOW, Phase.STAGED, Phase.PROBE, Phase.SWITCH, Phase.SOAK,
+)  # fmt: skip
 _LOADED = frozenset({Phase.STAGED, Phase.PROBE, Phase.SWITCH, Phase.SOAK})
 _SWITCHED = frozenset({Phase.SWITCH, Phase.SOAK})
 _REFUSALS = frozenset({"bad_signature", "integrity", "unsupported_model", "unknown_version", "too_large", "refused"})
@@ -51,6 +54,7 @@ class Wanted:
     attempt: int = 0
     soak_s: float = 0.0
     rollout_id: str | None = None
+    window: Window | None = None
 
     @property
     def slot(self) -> Slot:
@@ -200,9 +204,15 @@ def from_dict(data: dict[str, Any]) -> SlotState:
     fields = dict(data)
     fields["phase"] = Phase(fields["phase"])
     fields["result"] = Result(fields["result"]) if fields["result"] else None
-    for name, kind in (("committed", Slot), ("previous", Slot), ("wanted", Wanted)):
-        fields[name] = kind(**fields[name]) if fields[name] else None
+    for name in ("committed", "previous"):
+        fields[name] = Slot(**fields[name]) if fields[name] else None
+    fields["wanted"] = _wanted_from_dict(fields["wanted"]) if fields["wanted"] else None
     return SlotState(**fields)
+
+
+def _wanted_from_dict(data: dict[str, Any]) -> Wanted:
+    window = data.get("window")
+    return Wanted(**{**data, "window": Window(**{**window, "weekdays": tuple(window["weekdays"])}) if window else None})
 
 
 def wanted_from(model: DesiredModel) -> Wanted:
@@ -216,6 +226,7 @@ def wanted_from(model: DesiredModel) -> Wanted:
         attempt=model.attempt,
         soak_s=model.soak_s,
         rollout_id=model.rollout_id,
+        window=model.window,
     )
 
 
@@ -318,7 +329,8 @@ def _restart(state: SlotState) -> tuple[SlotState, tuple[Action, ...]]:
     if not state.is_working:
         return state, (*start, Collect())
     if state.phase not in _LOADED:
-        resumed, work = _enter(state, Phase.VERIFY if state.phase == Phase.VERIFY else Phase.PREFLIGHT)
+        is_here = state.phase in (Phase.VERIFY, Phase.WAIT_WINDOW)
+        resumed, work = _enter(state, Phase.VERIFY if is_here else Phase.PREFLIGHT)
         return resumed, (*start, *work)
     state = replace(state, crashes=state.crashes + 1)
     if state.crashes >= MAX_CRASHES:

@@ -45,6 +45,7 @@ from wire.errors import ForeshoreError, TimedOutError
 from wire.messages import Desired, ModelState, Phase
 
 SOAK_STEP_S = 0.2
+WINDOW_STEP_S = 30.0
 MAX_ERROR_SHARE = 0.1
 
 
@@ -158,6 +159,7 @@ class Update:
             Phase.PREFLIGHT: self._preflight,
             Phase.FETCH: self._fetch,
             Phase.VERIFY: self._verify,
+            Phase.WAIT_WINDOW: self._await_window,
             Phase.STAGED: self._load,
             Phase.PROBE: self._probe,
             Phase.SWITCH: self._switch,
@@ -168,6 +170,8 @@ class Update:
             wanted = self.state.wanted
             assert wanted is not None
             limit_s = self._device.profile.phase_timeout_s + wanted.soak_s
+            if phase == Phase.WAIT_WINDOW and wanted.window is not None:
+                limit_s += wanted.window.wait_s(time.time())
             async with asyncio.timeout(limit_s):
                 await work[phase](wanted)
         except TimeoutError:
@@ -225,6 +229,14 @@ class Update:
 
     async def _verify(self, wanted: Wanted) -> None:
         await asyncio.to_thread(self._device.store.complete, self._device.store.get_manifest(wanted.manifest))
+
+    async def _await_window(self, wanted: Wanted) -> None:
+        """Wait for the maintenance window; in steps, as the clock may be set meanwhile."""
+        while True:
+            wait_s = wanted.window.wait_s(time.time()) if wanted.window is not None else 0.0
+            if wait_s <= 0:
+                return
+            await asyncio.sleep(min(wait_s, WINDOW_STEP_S))
 
     async def _load(self, wanted: Wanted) -> None:
         """Load beside the old model where memory allows it, else in its place."""

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wire.errors import InvalidInputError, TooLargeError, UnknownVersionError
+from wire.window import Window
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 1024
@@ -45,6 +46,7 @@ class Phase(StrEnum):
     PREFLIGHT = "preflight"
     FETCH = "fetch"
     VERIFY = "verify"
+    WAIT_WINDOW = "wait_window"
     STAGED = "staged"
     PROBE = "probe"
     SWITCH = "switch"
@@ -76,6 +78,7 @@ class DesiredModel(Message):
     attempt: Count = 0
     soak_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
     rollout_id: Annotated[str, Field(max_length=64)] | None = None
+    window: Window | None = None  # download at once, switch only while it is open
 
 
 class Desired(Message):

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api import access, builds, content, fleet, records
+from cloud.control.api import access, builds, content, fleet, records, rollouts, webhooks
 from cloud.control.api.base import PREFIX, BodyLimit, install_errors, principal_of
 from cloud.control.identity import Role
 from cloud.control.plane import ControlPlane
@@ -47,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.is_stopping = threading.Event()
     app.state.listeners = set[asyncio.Event]()
     install_errors(app)
-    for part in (access, content, builds, fleet, records):
+    for part in (access, content, builds, fleet, rollouts, records, webhooks):
         app.include_router(part.router, prefix=PREFIX, tags=[part.__name__.rsplit(".", 1)[-1]])
     _install_health(app, plane)
     if importlib.util.find_spec("cloud.control.pages.routes") is not None:

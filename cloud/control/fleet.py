@@ -13,11 +13,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from cloud.control import audit
 from cloud.control.database import Database, after_commit, announce
+from cloud.control.device_facts import facts_of, store_facts
+from cloud.control.device_filter import condition, parse_filter
 from cloud.control.identity import Principal
 from cloud.control.tables import Device, Group
 from wire import topics
@@ -28,12 +30,13 @@ from wire.messages import DESIRED_TYPE, Desired, DesiredModel, Reported, Status
 DESIRED_DAYS = 30
 RENEW_BEFORE = timedelta(days=15)
 ALL = "all"
-MAX_FILTER_CHARS = 500
+MAX_LABELS = 32
 
 SendDesired = Callable[[str, str, bytes], None]
 """Tenant, device, envelope: puts the retained document on the broker, or leaves it for the next republication."""
 
-_TERM = re.compile(r"\s*(profile|target|architecture|online|device)\s*(=|!=)\s*([A-Za-z0-9*_.-]+)\s*")
+_LABEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9_.:@/+-]{1,100}")
 
 
 class Fleet:
@@ -46,13 +49,25 @@ class Fleet:
 
     # what devices shall run
 
-    def change_wish(self, session: Session, device: Device, name: str, model: DesiredModel | None) -> int:
-        """Set (or take away) one model of the device's wish; returns the new generation. Sent after the commit."""
+    def change_wish(
+        self, session: Session, device: Device, name: str, model: DesiredModel | None, *, actor: str
+    ) -> int:
+        """Set (or take away) one model of the device's wish; returns the new generation. Sent after the commit.
+
+        The other models of the wish stay as they are.
+        """
         others = [one for one in device.desired_models if one["name"] != name]
         wished = [] if model is None else [model.model_dump(mode="json", exclude_none=True)]
         device.desired_models = sorted(others + wished, key=lambda one: str(one["name"]))
         device.generation += 1
         self._seal(session, device)
+        audit.record(
+            session, tenant=device.tenant, actor=actor, action="device.wish", subject=device.device_id,
+            details={
+                "model": name, "version": model.version if model else None,
+                "rollout": model.rollout_id if model else None, "generation": device.generation,
+            },
+        )  # fmt: skip
         return device.generation
 
     def republish(self) -> int:
@@ -102,8 +117,10 @@ class Fleet:
             device = session.get(Device, (tenant, device_id))
             if device is None or device.revoked_at is not None or reported.boot_epoch < device.boot_epoch:
                 return False
+            known = facts_of(device.reported, device.hardware or {}, device.labels or {})
             device.reported = reported.model_dump(mode="json", exclude_none=True)
             device.hardware = device.reported["hardware"]
+            store_facts(session, device, known)
             device.boot_epoch = reported.boot_epoch
             device.last_seen_at = datetime.now(UTC)
             device.online = True
@@ -125,10 +142,15 @@ class Fleet:
 
     # looking
 
-    def list_devices(self, tenant: str, *, group: str = ALL, limit: int = 1000, offset: int = 0) -> list[Device]:
-        """Enrolled devices by name."""
+    def list_devices(
+        self, tenant: str, *, group: str = ALL, filter_text: str | None = None, limit: int = 1000, offset: int = 0
+    ) -> list[Device]:
+        """Enrolled devices by name, of a group or as a filter says."""
         with self._database.read() as session:
-            return members(session, tenant, group)[offset : offset + limit]
+            query = select_group(session, tenant, group)
+            if filter_text:
+                query = query.where(condition(parse_filter(filter_text)))
+            return list(session.scalars(query.limit(limit).offset(offset)))
 
     def get_device(self, tenant: str, device_id: str) -> Device:
         """One device; `NotFoundError` otherwise."""
@@ -147,17 +169,45 @@ class Fleet:
             query = select(func.count()).select_from(Device).where(Device.revoked_at.is_(None))
             return session.scalar(query) or 0, session.scalar(query.where(Device.online)) or 0
 
+    def label(self, by: Principal, device_id: str, labels: Mapping[str, str]) -> Device:
+        """Replace a device's labels."""
+        if len(labels) > MAX_LABELS:
+            raise InvalidInputError(f"{len(labels)} labels are too many", remedy=f"at most {MAX_LABELS}")
+        for name, value in labels.items():
+            if not _LABEL_NAME.fullmatch(name) or not _LABEL_VALUE.fullmatch(value):
+                raise InvalidInputError(
+                    f"label {name[:70]!r} = {value[:110]!r} is not usable",
+                    remedy="letters, digits, . _ - in the name, also : @ / + in the value",
+                )
+        with self._database.write() as session:
+            device = get_device(session, by.tenant, device_id)
+            known = facts_of(device.reported, device.hardware or {}, device.labels or {})
+            device.labels = dict(sorted(labels.items()))
+            store_facts(session, device, known)
+            audit.record(
+                session, tenant=by.tenant, actor=by.subject, action="device.label", subject=device_id,
+                details={"labels": device.labels},
+            )  # fmt: skip
+            announce(session, "device", by.tenant, summary(device))
+            return device
+
     # groups
 
-    def list_groups(self, tenant: str) -> list[Group]:
-        """The groups that people made; `all` exists besides."""
+    def count(self, tenant: str, group: str = ALL) -> int:
+        """How many devices are in a group."""
         with self._database.read() as session:
-            return list(session.scalars(select(Group).where(Group.tenant == tenant).order_by(Group.name)))
+            return count_group(session, tenant, group)
+
+    def list_groups(self, tenant: str) -> list[tuple[Group, int]]:
+        """The groups that people made, each with the number of its devices now; `all` exists besides."""
+        with self._database.read() as session:
+            groups = list(session.scalars(select(Group).where(Group.tenant == tenant).order_by(Group.name)))
+            return [(group, count_group(session, tenant, group.name)) for group in groups]
 
     def put_group(
         self, by: Principal, name: str, device_ids: Sequence[str] | None, filter_text: str | None, *, is_new: bool
-    ) -> Group:
-        """Make or change a group."""
+    ) -> tuple[Group, int]:
+        """Make or change a group; returns it with the number of its devices now."""
         if topics.check_name("group", name) == ALL:
             raise ConflictError("the group 'all' holds every device", remedy="choose another name")
         if (device_ids is None) == (filter_text is None):
@@ -177,8 +227,12 @@ class Fleet:
                 session.add(group)
             group.device_ids = sorted(set(device_ids)) if device_ids is not None else None
             group.filter = filter_text
-            audit.record(session, tenant=by.tenant, actor=by.subject, action="group.put", subject=name)
-        return group
+            audit.record(
+                session, tenant=by.tenant, actor=by.subject, action="group.put", subject=name,
+                details={"devices": len(group.device_ids)} if group.device_ids is not None else {"filter": filter_text},
+            )  # fmt: skip
+            session.flush()
+            return group, count_group(session, by.tenant, name)
 
     def delete_group(self, by: Principal, name: str) -> None:
         """Forget a group; its devices stay."""
@@ -198,52 +252,36 @@ def get_device(session: Session, tenant: str, device_id: str) -> Device:
     return device
 
 
-def members(session: Session, tenant: str, group: str) -> list[Device]:
-    """The enrolled devices of a group, by name; `NotFoundError` for an unknown group."""
+def select_group(session: Session, tenant: str, group: str) -> Select[Device]:
+    """The query for a group's enrolled devices, by name; `NotFoundError` for an unknown group."""
     query = select(Device).where(Device.tenant == tenant, Device.revoked_at.is_(None)).order_by(Device.device_id)
-    devices = list(session.scalars(query))
     if group == ALL:
-        return devices
+        return query
     row = session.get(Group, (tenant, group))
     if row is None:
         raise NotFoundError(f"group {group!r} does not exist", remedy="see: foreshore groups; 'all' always exists")
     if row.device_ids is not None:
-        wanted = set(row.device_ids)
-        return [device for device in devices if device.device_id in wanted]
-    accepts = parse_filter(row.filter or "")
-    return [device for device in devices if accepts(device)]
+        return query.where(Device.device_id.in_(row.device_ids))
+    return query.where(condition(parse_filter(row.filter or "")))
 
 
-def parse_filter(text: str) -> Callable[[Device], bool]:
-    """A filter such as `profile=jetson* and online=true`: terms joined by `and`, with = or != and a trailing *."""
-    if not text.strip() or len(text) > MAX_FILTER_CHARS:
-        raise InvalidInputError(
-            "the filter is empty or too long", remedy="for example: profile=jetson* and online=true"
-        )
-    terms = []
-    for part in re.split(r"\band\b", text):
-        match = _TERM.fullmatch(part)
-        if match is None:
-            raise InvalidInputError(
-                f"filter term {part.strip()!r} is not understood",
-                remedy="profile, target, architecture, online or device, then = or !=, then a value (may end in *)",
-            )
-        terms.append((match[1], match[2] == "=", match[3]))
-    return lambda device: all(_matches(device, field, value) is wanted for field, wanted, value in terms)
+def members(session: Session, tenant: str, group: str) -> list[Device]:
+    """The enrolled devices of a group, by name."""
+    return list(session.scalars(select_group(session, tenant, group)))
 
 
-def _matches(device: Device, field: str, value: str) -> bool:
-    hardware: Mapping[str, Any] = device.hardware or {}
-    found = {
-        "profile": [str(hardware.get("profile", ""))],
-        "target": [str(one) for one in hardware.get("targets", [])],
-        "architecture": [str(hardware.get("architecture", ""))],
-        "online": [str(device.online).lower()],
-        "device": [device.device_id],
-    }[field]
-    if value.endswith("*"):
-        return any(one.startswith(value[:-1]) for one in found)
-    return value in found
+def count_group(session: Session, tenant: str, group: str) -> int:
+    """How many devices are in a group."""
+    query = select_group(session, tenant, group).order_by(None)
+    return session.scalar(select(func.count()).select_from(query.subquery())) or 0
+
+
+def is_member(session: Session, device: Device, group: str) -> bool:
+    """Whether a device is in a group now; no device is in a group that is gone."""
+    if group != ALL and session.get(Group, (device.tenant, group)) is None:
+        return False
+    query = select_group(session, device.tenant, group).where(Device.device_id == device.device_id)
+    return session.scalar(query) is not None
 
 
 def summary(device: Device) -> dict[str, Any]:
@@ -262,6 +300,7 @@ def summary(device: Device) -> dict[str, Any]:
         "agent_version": reported.get("agent_version"),
         "profile": (device.hardware or {}).get("profile"),
         "hardware": device.hardware,
+        "labels": device.labels or {},
         "models": reported.get("models", []),
         "local_api": reported.get("local_api"),
         "error": reported.get("error"),

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from cloud.control import audit
 from cloud.control.authority import Authority, Issued, check_user
 from cloud.control.database import Database, announce
+from cloud.control.device_facts import store_facts
 from cloud.control.tables import Device, Enrolment, PublisherKey, Token
 from model_registry.trust import KeyRing, decode_public_key, key_ring
 from wire import topics
@@ -276,6 +277,7 @@ class Identity:
         device.hardware = hardware
         device.desired_models, device.desired_envelope, device.attempts, device.reported = [], None, {}, None
         device.boot_epoch = 0
+        store_facts(session, device, set())
         return device
 
 

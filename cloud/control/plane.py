@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cloud.control import audit
+from cloud.control.audit_chain import Verdict
 from cloud.control.authority import CONTROL_USER, Authority
 from cloud.control.broker import Broker, DeviceAccess, client_context
 from cloud.control.database import Database, announce
@@ -27,6 +28,7 @@ from cloud.control.publications import Publications
 from cloud.control.rollouts import Rollouts
 from cloud.control.settings import Settings
 from cloud.control.tables import DeviceEvent, Setting
+from cloud.control.webhooks import Webhooks
 from model_registry import catalogue
 from model_registry.blobs import open_blob_store
 from model_registry.trust import create_key, encode_public_key, load_key
@@ -60,6 +62,7 @@ class ControlPlane:
         self.fleet = Fleet(self.database, self.key, self._send_desired)
         self.decisions = Decisions(self.database)
         self.rollouts = Rollouts(self.database, self.fleet, self.blobs)
+        self.webhooks = Webhooks(self.database)
         self.jobs = Jobs(self.database, self.blobs, lease_s=settings.lease_s)
         self.publications = Publications(
             self.database, self.blobs, self.jobs, self.identity, lambda name: find_target(settings, name)
@@ -79,6 +82,8 @@ class ControlPlane:
             self.broker.start(self._access())
         self.link.start()
         self.delivery.start()
+        self.rollouts.catch_up()
+        self.webhooks.start()
         self._clock.start()
 
     def stop(self) -> None:
@@ -86,6 +91,7 @@ class ControlPlane:
         self._is_stopping.set()
         if self._clock.is_alive():
             self._clock.join(10.0)
+        self.webhooks.stop()
         self.delivery.stop()
         self.link.stop()
         if self.broker is not None:
@@ -198,10 +204,10 @@ class ControlPlane:
                 except Exception:
                     log.exception("%s: the clock's turn failed", name)
 
-    def verify_audit(self) -> tuple[int, str | None]:
-        """Check the audit chain."""
+    def verify_audit(self, tenant: str) -> Verdict:
+        """Check a tenant's audit chain."""
         with self.database.read() as session:
-            return audit.verify(session)
+            return audit.verify(session, tenant)
 
 
 def find_target(settings: Settings, name: str) -> Mapping[str, Any]:

@@ -119,9 +119,22 @@ class Device(Base):
     desired_envelope: Mapped[bytes | None]
     desired_expires_at: Mapped[datetime | None]
     attempts: Mapped[dict[str, Any]]  # release digest -> how often it was offered to this device
+    labels: Mapped[dict[str, Any]] = mapped_column(default=dict)  # what people call it, for groups
     reported: Mapped[dict[str, Any] | None]  # of wire.messages.Reported
     version: Mapped[int] = mapped_column(Integer, default=0)
     __mapper_args__ = {"version_id_col": version}
+
+
+class DeviceFact(Base):
+    """One thing that filters can ask of a device: what it reported, or a label. `number` where it can be compared."""
+
+    __tablename__ = "device_facts"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    device_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(80), primary_key=True)
+    value: Mapped[str] = mapped_column(String(200), primary_key=True)
+    number: Mapped[float | None] = mapped_column(Float)
+    __table_args__ = (Index("ix_device_facts_value", "tenant", "name", "value"),)
 
 
 class Group(Base):
@@ -149,9 +162,11 @@ class RolloutRow(Base):
     order: Mapped[dict[str, Any]] = mapped_column("order_document")
     state: Mapped[dict[str, Any]]
     offers: Mapped[dict[str, Any]]  # device -> the DesiredModel offered, and the one before it
+    joins: Mapped[bool] = mapped_column(default=False)
     reason: Mapped[str] = mapped_column(Text, default="")
     decision_id: Mapped[str | None] = mapped_column(String(64))
     created_by: Mapped[str] = mapped_column(String(200))
+    created_with: Mapped[str] = mapped_column(String(40), default="")  # the id of the token
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     version: Mapped[int] = mapped_column(Integer, default=0)
@@ -253,15 +268,49 @@ class DeviceEvent(Base):
 
 
 class AuditEntry(Base):
-    """Who changed what: append-only, each entry sealed by the digest of itself and the one before."""
+    """Who changed what in a tenant: append-only, each entry sealed by the digest of itself and the one before."""
 
     __tablename__ = "audit"
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
     sequence: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     at: Mapped[str] = mapped_column(String(40))  # ISO 8601, as sealed
-    tenant: Mapped[str] = mapped_column(String(64))
     actor: Mapped[str] = mapped_column(String(200))
     action: Mapped[str] = mapped_column(String(64))
     subject: Mapped[str] = mapped_column(String(200))
     details: Mapped[dict[str, Any]]
-    previous: Mapped[str] = mapped_column(String(64), unique=True)
+    previous: Mapped[str] = mapped_column(String(64))
     digest: Mapped[str] = mapped_column(String(64))
+
+
+class Webhook(Base):
+    """An address that is told of changes. The secret signs what it is sent, so it is kept as it is."""
+
+    __tablename__ = "webhooks"
+    webhook_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    url: Mapped[str] = mapped_column(String(2000))
+    actions: Mapped[list[Any]]  # patterns over audit actions
+    secret: Mapped[str] = mapped_column(String(100))
+    created_by: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime]
+
+
+class WebhookDelivery(Base):
+    """One change on its way to one address, until it is taken or given up."""
+
+    __tablename__ = "webhook_deliveries"
+    delivery_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    webhook_id: Mapped[str] = mapped_column(String(40))
+    tenant: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    body: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16), default="pending")  # pending, delivered, given_up
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    due_at: Mapped[datetime]
+    answer: Mapped[str] = mapped_column(String(300), default="")
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    __table_args__ = (
+        Index("ix_webhook_deliveries_due", "webhook_id", "state", "created_at"),
+        Index("ix_webhook_deliveries_newest", "webhook_id", "created_at"),
+    )

@@ -35,6 +35,79 @@ def device(name: str, profile: str, *, online: bool = True, **model: Any) -> dic
     }  # fmt: skip
 
 
+def _rollout() -> dict[str, Any]:
+    """A rollout whose canary was good and whose second wave halted it."""
+    slots = [{"device_id": "dock-camera-1", "wave": 1, "state": "succeeded", "phase": "committed"},
+             {"device_id": "till-17", "wave": 2, "state": "failed", "phase": "probe", "attempts": 2,
+              "reason": "probe_failed: 3 of 8 golden inputs gave another label"},
+             {"device_id": "gate-box-2", "wave": 2, "state": "withdrawn", "phase": "fetch",
+              "reason": "the rollout was halted"}]  # fmt: skip
+    slots += [{"device_id": f"till-{n}", "wave": 2, "state": "succeeded", "phase": "committed"} for n in range(18, 23)]
+    slots += [{"device_id": f"kiosk-{n}", "wave": 3, "state": "skipped", "reason": "the rollout was halted"}
+              for n in range(12)]  # fmt: skip
+    slots.append({"device_id": "old-box", "wave": None, "state": "skipped",
+                  "reason": "cpu-x86: needs 512 MiB of memory, the budget is 256 MiB"})  # fmt: skip
+    return {
+        "rollout_id": "ro-1", "status": "halted", "model": "vision", "version": "1.1.0", "release": DIGEST,
+        "group": "all", "wave": 2, "num_waves": 3, "num_devices": 21, "approved_by": "bert", "created_by": "anna",
+        "counts": {"succeeded": 6, "failed": 1, "withdrawn": 1, "skipped": 13}, "approval": "operator", "joins": True,
+        "gate": {"max_failures": 0, "min_success_ratio": 0.9, "min_settled_ratio": 0.8}, "created_at": NOW,
+        "pace": {"per_minute": 10, "factor": 2, "every": 50, "max_per_minute": 200}, "rate_per_minute": 10,
+        "window": {"opens_s": 79_200, "lasts_s": 21_600, "weekdays": [5, 6]}, "soak_s": 30, "device_timeout_s": 600,
+        "waves_planned": [{"count": 1}, {"percent": 40}, {"percent": 100}], "decision_id": "de-1",
+        "reason": "1 failed, 0 are allowed (till-17: probe_failed: 3 of 8 golden inputs gave another label)",
+        "waves": [{"wave": 1, "is_canary": True}, {"wave": 2, "is_current": True}, {"wave": 3}],
+        "devices": slots,
+    }  # fmt: skip
+
+
+def _other_rollouts(rollout: dict[str, Any]) -> list[dict[str, Any]]:
+    """One that moves and one that waits for a second person."""
+    moving = {**rollout, "rollout_id": "ro-2", "status": "running", "reason": "", "version": "1.2.0",
+              "decision_id": None, "counts": {"succeeded": 40, "offered": 12, "pending": 50},
+              "num_devices": 102}  # fmt: skip
+    moving["devices"] = [
+        {"device_id": "dock-camera-1", "wave": 1, "state": "succeeded", "phase": "committed"},
+        {"device_id": "till-17", "wave": 2, "state": "offered", "phase": "wait_window", "deadline": NOW},
+        {"device_id": "gate-box-2", "wave": 2, "state": "pending"},
+        {"device_id": "kiosk-1", "wave": 3, "state": "pending"},
+    ]  # fmt: skip
+    waiting = {**rollout, "rollout_id": "ro-3", "status": "awaiting_approval", "reason": "", "approved_by": None,
+               "counts": {"pending": 3}, "num_devices": 3, "decision_id": None, "devices": [], "waves": []}  # fmt: skip
+    return [moving, waiting]
+
+
+def _audit() -> list[dict[str, Any]]:
+    """Some changes."""
+    rows = [("rollout.halted", "rollout-engine", "ro-1", {"reason": "1 failed, 0 are allowed (till-17: probe_failed)"}),
+            ("device.wish", "rollout-engine", "till-17", {"model": "vision", "version": "1.1.0", "generation": 4}),
+            ("publisher-key.add", "anna", DIGEST, {"name": "release key"}),
+            ("rollout.create", "anna", "ro-1", {"release": DIGEST, "group": "all", "devices": 20})]  # fmt: skip
+    return [
+        {"sequence": len(rows) - n, "at": NOW, "tenant": "home", "actor": actor, "action": action, "subject": subject,
+         "details": details, "digest": DIGEST}
+        for n, (action, actor, subject, details) in enumerate(rows)
+    ]  # fmt: skip
+
+
+def _deliveries() -> list[dict[str, Any]]:
+    """What a webhook was told."""
+    return [
+        {"delivery_id": "msg-3", "action": "rollout.halted", "state": "pending", "attempts": 2, "created_at": NOW,
+         "answer": "no answer: ConnectError: connection refused", "due_at": NOW, "finished_at": None},
+        {"delivery_id": "msg-2", "action": "rollout.running", "state": "delivered", "attempts": 1, "created_at": NOW,
+         "answer": "204 No Content", "due_at": None, "finished_at": NOW},
+        {"delivery_id": "msg-1", "action": "rollout.create", "state": "given_up", "attempts": 16, "created_at": NOW,
+         "answer": "503 Service Unavailable", "due_at": None, "finished_at": NOW},
+    ]  # fmt: skip
+
+
+def _webhook() -> dict[str, Any]:
+    """A webhook with its newest delivery."""
+    return {"webhook_id": "hook-1", "url": "https://example.org/foreshore", "actions": ["rollout.*", "device.revoke"],
+            "created_by": "anna", "created_at": NOW, "newest_delivery": _deliveries()[0]}  # fmt: skip
+
+
 def sample_app() -> FastAPI:
     """The sample control plane with the real pages."""
     app = FastAPI()
@@ -53,18 +126,7 @@ def sample_app() -> FastAPI:
     ]  # fmt: skip
     release = {"release": DIGEST, "name": "vision", "version": "1.1.0", "sequence": 2, "kind": "tensor",
                "licence": "BSD-3-Clause", "created_at": NOW, "artefacts": artefacts}  # fmt: skip
-    rollout: dict[str, Any] = {
-        "rollout_id": "ro-1", "status": "halted", "model": "vision", "version": "1.1.0", "release": DIGEST,
-        "group": "all", "wave": 1, "num_waves": 2, "num_devices": 3, "counts": {"failed": 1, "skipped": 2},
-        "gate": {"max_failures": 0, "min_success_ratio": 1.0}, "created_at": NOW, "decision_id": "de-1",
-        "reason": "1 device failed and none may: till-17 rolled back (probe_failed: 3 of 8 golden inputs differ)",
-        "waves": [{"wave": 1, "is_current": True}, {"wave": 2, "is_current": False}],
-        "devices": [
-            {"device_id": "till-17", "wave": 1, "state": "failed", "phase": "probe", "reason": "probe_failed"},
-            {"device_id": "dock-camera-1", "wave": 2, "state": "skipped"},
-            {"device_id": "gate-box-2", "wave": 2, "state": "skipped"},
-        ],
-    }  # fmt: skip
+    rollout = _rollout()
     record = decide(
         decision_id="de-1", kind="offload", policy="offload/1", config={}, decided_at=NOW, subject="gate-box-2",
         inputs={"queue_length": Input(3, 0.0), "round_trip_ms": Input(42.5, 1.8)},
@@ -76,8 +138,14 @@ def sample_app() -> FastAPI:
         weights={"energy_j": 2.0},
     ).to_dict()  # fmt: skip
     tables: dict[str, list[dict[str, Any]]] = {
-        "devices": devices, "rollouts": [rollout], "releases": [release], "groups": [{"name": "shop", "filter": "x"}],
+        "devices": devices, "rollouts": [rollout, *_other_rollouts(rollout)], "releases": [release],
         "models": [{"name": "vision", "kind": "tensor"}], "decisions": [record],
+        "groups": [
+            {"name": "all", "filter": None, "device_ids": None, "num_devices": 3},
+            {"name": "docks", "filter": "profile = jetson* and not label.site = lab", "num_devices": 1},
+            {"name": "tills", "filter": None, "device_ids": ["till-17", "till-18"], "num_devices": 2},
+        ],
+        "audit": _audit(), "webhooks": [_webhook()],
     }  # fmt: skip
 
     def check(request: Request) -> None:
@@ -92,6 +160,16 @@ def sample_app() -> FastAPI:
             yield ": hello\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream")
+
+    @app.get("/api/v1/audit/verify")
+    def verify(request: Request) -> dict[str, Any]:
+        check(request)
+        return {"entries": 4, "head": DIGEST, "is_whole": True, "fault": None}
+
+    @app.get("/api/v1/webhooks/{webhook_id}/deliveries")
+    def deliveries(webhook_id: str, request: Request) -> dict[str, Any]:
+        check(request)
+        return {"items": _deliveries(), "next": None}
 
     @app.get("/api/v1/{table}")
     def listing(table: str, request: Request) -> dict[str, Any]:
@@ -113,6 +191,8 @@ def sample_app() -> FastAPI:
             name = (await request.json())["device_id"]
             command = f"foreshore-agent enrol --url http://127.0.0.1:8080 --token fs-enrol-{'x' * 32}"
             return {"enrolment_token": "t", "device_id": name, "expires_at": NOW, "command": command}
+        if table == "webhooks":
+            return {**_webhook(), "secret": "whsec_c2VjcmV0IG9mIHRoZSBzYW1wbGU="}
         return {"rollout_id": "ro-1"}
 
     install(app)

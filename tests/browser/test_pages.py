@@ -88,7 +88,7 @@ def test_a_click_starts_a_rollout_and_the_page_shows_it_finish(
     sign_in(page, plane_url, admin)
     expect(page.locator("#health")).to_contain_text("Online1")
 
-    page.goto(plane_url + "/rollouts")
+    page.goto(plane_url + "/rollouts/new")
     page.click("#start-rollout")
     expect(page.locator("h1")).to_contain_text("vision 1.0.0")
     expect(page.locator("#rollout-state")).to_contain_text("running")
@@ -107,7 +107,7 @@ def test_without_anything_each_page_says_what_to_do_next(page: Page, plane_url: 
     sign_in(page, plane_url, admin)
     for path, text in (
         ("/devices", "foreshore enrolments create"), ("/models", "foreshore publish"),
-        ("/rollouts", "Publish a model first"), ("/decisions", "No decision matches"),
+        ("/rollouts/new", "Publish a model first"), ("/decisions", "No decision matches"),
     ):  # fmt: skip
         page.goto(plane_url + path)
         expect(page.locator("main")).to_contain_text(text)

@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 pytestmark = pytest.mark.browser
 
 PATHS = ("/", "/devices", "/devices/till-17", "/models", "/models/vision", "/rollouts", "/rollouts/ro-1",
+         "/rollouts/new", "/groups", "/audit", "/webhooks", "/webhooks/hook-1",
          "/decisions", "/decisions/de-1", "/enrol")  # fmt: skip
 Open = Callable[..., Page]
 
@@ -43,6 +44,9 @@ def test_a_rollout_can_be_started_with_the_keyboard_alone(open_page: Open, sampl
     _tab_to(page, "nav a[href='/rollouts']")
     page.keyboard.press("Enter")
     page.wait_for_url(sample_url + "/rollouts")
+    _tab_to(page, "a[href='/rollouts/new']")
+    page.keyboard.press("Enter")
+    page.wait_for_url(sample_url + "/rollouts/new")
     _tab_to(page, "#start-rollout")
     page.keyboard.press("Enter")
     page.wait_for_url(sample_url + "/rollouts/ro-1")
@@ -50,7 +54,7 @@ def test_a_rollout_can_be_started_with_the_keyboard_alone(open_page: Open, sampl
 
 
 def test_a_wave_that_is_not_understood_is_said_beside_the_form_and_nothing_typed_is_lost(open_page: Open) -> None:
-    page = open_page("/rollouts")
+    page = open_page("/rollouts/new")
     page.fill("#waves", "first one, then all")
     page.click("#start-rollout")
     expect(page.get_by_role("alert")).to_contain_text("'first one' is not understood")

@@ -13,6 +13,7 @@ import tritonclient.http as triton
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.fakes.agent_plane import AgentProcess, Plane
+from wire.window import Window
 
 
 @pytest.fixture
@@ -88,6 +89,21 @@ def test_what_is_unsigned_or_does_not_fit_changes_nothing(plane: Plane, agent: A
     refused = plane.await_model(lambda m: m.get("result") == "failed_no_change")
     assert refused["reason"].startswith("insufficient_space")
     assert agent.scale() == 2.0
+
+
+def test_it_downloads_early_and_switches_only_in_the_window(plane: Plane, agent: AgentProcess) -> None:
+    plane.wish(plane.publish(2.0, "1.0.0"))
+    plane.await_model(lambda m: m["phase"] == "committed")
+    new = plane.publish(3.0, "1.1.0")
+    later = Window(opens_s=(int(time.time()) + 7200) % 86_400, lasts_s=60)
+    plane.wish(new.model_copy(update={"window": later}))
+    waiting = plane.await_model(lambda m: m["phase"] == "wait_window")
+    assert waiting["bytes_done"] == waiting["bytes_total"]
+    assert agent.scale() == 2.0
+    soon = Window(opens_s=(int(time.time()) + 2) % 86_400, lasts_s=3600)
+    plane.wish(new.model_copy(update={"window": soon, "attempt": 1}))
+    plane.await_model(lambda m: m.get("active_version") == "1.1.0" and m["phase"] == "committed")
+    assert agent.scale() == 3.0
 
 
 def test_a_silent_publisher_makes_the_agent_fetch_over_http(plane: Plane, agent: AgentProcess) -> None:

@@ -201,27 +201,6 @@ def test_everything_is_published_again_when_the_broker_comes_back_empty(control:
     wait_until(lambda: any(topic == device.topic("desired") for topic, _ in device.received), "republication", 60)
 
 
-@pytest.mark.faults
-def test_a_rollout_goes_on_after_the_control_plane_was_killed(tmp_path: Path) -> None:
-    control = ControlProcess(tmp_path / "control")
-    control.start()
-    device = FakeDevice(control, "dev-kill", "silent")
-    try:
-        device.connect()
-        wait_until(lambda: control.ok("GET", "/devices/dev-kill")["reported"], "the device reports")
-        published = control.publish("kill", os.urandom(1000))
-        rollout_id = roll_out(control, published["release"])
-        wait_until(lambda: device.desired, "the offer")
-        control.kill()
-        device.behaviour, device.desired = "ok", None
-        control.start()
-        assert ended(control, rollout_id)["status"] == "succeeded"
-        assert control.ok("GET", "/audit/verify")["is_whole"]
-    finally:
-        device.close()
-        assert control.stop() == 0
-
-
 def _is_broker(process: Path, control: ControlProcess) -> bool:
     try:
         return str(control.home / "mosquitto" / "mosquitto.conf") in (process / "cmdline").read_text()

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from paho.mqtt.enums import CallbackAPIVersion
 
-from model_registry.manifest import ArtefactFile, Chunk, Manifest, parse_release, sha256
+from model_registry.manifest import ArtefactFile, Chunk, Golden, Manifest, parse_release, sha256
 from model_registry.trust import encode_public_key, sign_release
 from wire import topics
 from wire.envelope import parse_envelope
@@ -107,17 +107,20 @@ class ControlProcess:
                 answer = client.put(f"/blobs/{sha256(data)}", content=data)
                 assert answer.is_success, answer.text
 
-    def publish(self, name: str, payload: bytes, version: str | None = None) -> dict[str, Any]:
+    def publish(
+        self, name: str, payload: bytes, version: str | None = None, *, golden: bytes | None = None
+    ) -> dict[str, Any]:
         """Publish `payload` as a one-file model through a simulated worker; the release's document."""
         key = encode_public_key(self.publisher.public_key())
         self.ok("POST", "/publisher-keys", {"public_key": key, "name": "tests"})
         source = self.put_blob(b"source of " + payload[:100])
         files = [{"path": "m.onnx", "digest": source, "size_bytes": len(b"source of " + payload[:100])}]
         order = {"name": name, "targets": ["cpu-x86"], "source": {"format": "onnx", "files": files}, "version": version}
-        self.put_blobs(payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES))
+        for data in (payload, golden or b""):
+            self.put_blobs(data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
         publication = self.ok("POST", "/publications", order)
         lease = self.ok("POST", "/jobs/lease", {"worker_id": "w"}, token="worker")
-        manifest = make_manifest(name, payload, lease["spec"]["source"]["digest"])
+        manifest = make_manifest(name, payload, lease["spec"]["source"]["digest"], golden)
         self.put_blob(manifest.to_bytes())
         done = {"lease_id": lease["lease_id"], "manifest": manifest.digest}
         self.ok("POST", f"/jobs/{lease['job_id']}/complete", done, token="worker")
@@ -132,19 +135,20 @@ class ControlProcess:
 CHUNK_BYTES = 64 * 1024
 
 
-def make_manifest(name: str, payload: bytes, source_digest: str) -> Manifest:
-    """A manifest of one file in chunks of 64 KiB."""
-    pieces = [payload[i : i + CHUNK_BYTES] for i in range(0, len(payload), CHUNK_BYTES)]
-    file = ArtefactFile(
-        path="m.onnx",
-        size_bytes=len(payload),
-        digest=sha256(payload),
-        chunks=[Chunk(digest=sha256(piece), size_bytes=len(piece)) for piece in pieces],
-    )
+def make_manifest(name: str, payload: bytes, source_digest: str, golden: bytes | None = None) -> Manifest:
+    """A manifest of one file in chunks of 64 KiB, and of golden cases where there are some."""
+    files = {"m.onnx": payload} | ({"golden.npz": golden} if golden is not None else {})
     return Manifest(
-        name=name, kind="tensor", target="cpu-x86", runtime="onnxruntime", precision="fp32", files=[file],
-        entry="m.onnx", source_digest=source_digest,
+        name=name, kind="tensor", target="cpu-x86", runtime="onnxruntime", precision="fp32",
+        files=[_file(path, data) for path, data in files.items()], entry="m.onnx", source_digest=source_digest,
+        golden=Golden(path="golden.npz", num_cases=3, max_abs_error=1e-4) if golden is not None else None,
     )  # fmt: skip
+
+
+def _file(path: str, data: bytes) -> ArtefactFile:
+    pieces = [data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES)]
+    chunks = [Chunk(digest=sha256(piece), size_bytes=len(piece)) for piece in pieces]
+    return ArtefactFile(path=path, size_bytes=len(data), digest=sha256(data), chunks=chunks)
 
 
 class FakeDevice:

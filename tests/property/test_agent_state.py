@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from edge_agent.state import (
     step,
 )
 from wire.messages import Phase, Result
+from wire.window import Window
 
 MANIFESTS = ["a" * 64, "b" * 64, "c" * 64]
 wishes = st.builds(
@@ -113,6 +115,20 @@ def _at(phase: Phase, attempt: int = 0) -> SlotState:
 
 def _fail(state: SlotState, code: str) -> SlotState:
     return step(state, Failed(state.phase, state.ticket, code, "because"))[0]
+
+
+def test_a_window_is_waited_for_after_the_download_and_survives_a_restart() -> None:
+    wanted = Wanted(MANIFESTS[1], "2", MANIFESTS[1], window=Window(7200, 3600, (5, 6)))
+    state, _ = step(_committed(), Wish(wanted))
+    for phase in (Phase.PREFLIGHT, Phase.FETCH, Phase.VERIFY):
+        assert state.phase is phase
+        state, _ = step(state, Done(phase, state.ticket))
+    assert state.phase is Phase.WAIT_WINDOW
+    assert state.runnable is not None
+    assert state.runnable.manifest == MANIFESTS[0]
+    assert from_dict(json.loads(json.dumps(state.to_dict()))) == state
+    state, actions = step(state, Restarted())
+    assert Perform(Phase.VERIFY, state.ticket) in actions  # checked again, not fetched again
 
 
 def test_results_say_honestly_how_an_update_ended() -> None:

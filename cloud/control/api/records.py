@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Request
+from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
-from sqlalchemy import select
 
 from cloud.control import audit
 from cloud.control.api.base import Admin, Cursor, Gateway, Limit, Plane, Viewer, needs, page
 from cloud.control.events import Happening
 from cloud.control.identity import Principal, Role
 from cloud.control.plane import ControlPlane
-from cloud.control.tables import AuditEntry
 
 router = APIRouter()
 
@@ -54,19 +52,36 @@ def store_decisions(
 
 
 @router.get("/audit")
-def list_audit(plane: Plane, by: Admin, limit: Limit = 100, cursor: Cursor = 0) -> dict[str, Any]:
-    """Who changed what, newest first."""
-    query = select(AuditEntry).where(AuditEntry.tenant == by.tenant).order_by(AuditEntry.sequence.desc())
+def list_audit(
+    plane: Plane,
+    by: Admin,
+    action: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Limit = 100,
+    cursor: Cursor = 0,
+) -> dict[str, Any]:
+    """Who changed what, newest first; `action` may be the beginning of one."""
     with plane.database.read() as session:
-        rows = list(session.scalars(query.limit(limit + 1).offset(cursor)))
-    return page([audit.to_dict(row) for row in rows], limit, cursor)
+        rows = audit.newest(session, by.tenant, action=action, limit=limit + 1, offset=cursor)
+    return page(rows, limit, cursor)
 
 
 @router.get("/audit/verify")
 def verify_audit(plane: Plane, by: Admin) -> dict[str, Any]:
     """Whether the audit chain is whole."""
-    count, fault = plane.verify_audit()
-    return {"entries": count, "is_whole": fault is None, "fault": fault}
+    found = plane.verify_audit(by.tenant)
+    return {"entries": found.num_entries, "head": found.head, "is_whole": found.fault is None, "fault": found.fault}
+
+
+@router.get("/audit/export")
+def export_audit(plane: Plane, by: Admin) -> StreamingResponse:
+    """The whole chain as a file that can be checked anywhere: `foreshore audit verify FILE`."""
+
+    def lines() -> Iterator[bytes]:
+        with plane.database.read() as session:
+            yield from audit.export(session, by.tenant)
+
+    headers = {"content-disposition": 'attachment; filename="foreshore-audit.jsonl"', "cache-control": "no-store"}
+    return StreamingResponse(lines(), media_type="application/jsonl", headers=headers)
 
 
 @router.get("/events")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import quote
 
 import httpx
 from starlette.types import ASGIApp
@@ -23,7 +24,7 @@ from wire.errors import (
     UnavailableError,
 )
 
-ROOT: Final = "http://pages.invalid/api/v1"
+PREFIX: Final = "/api/v1"
 TIMEOUT_S: Final = 15.0
 MAX_PAGES: Final = 50
 
@@ -40,10 +41,14 @@ _ERRORS: Final[Mapping[int, type[ForeshoreError]]] = {
 
 
 class PageApi:
-    """The API as one browser session sees it. An empty token asks as nobody."""
+    """The API as one browser session sees it. An empty token asks as nobody.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    `address` is how the browser reached us: what the API says about its own address has to hold for the browser.
+    """
+
+    def __init__(self, app: ASGIApp, address: str, token: str) -> None:
         self._app = app
+        self._root = address.rstrip("/") + PREFIX
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
 
     async def get(self, path: str, **params: Any) -> Any:
@@ -74,6 +79,10 @@ class PageApi:
         """Send `body` as JSON; the answer's JSON, None when it has no body."""
         return await self._call("POST", path, json=body)
 
+    async def put(self, path: str, body: Any) -> Any:
+        """Replace what is at `path`."""
+        return await self._call("PUT", path, json=body)
+
     async def delete(self, path: str) -> Any:
         """Delete what is at `path`."""
         return await self._call("DELETE", path)
@@ -82,7 +91,7 @@ class PageApi:
         wanted = {name: value for name, value in (params or {}).items() if value not in (None, "")}
         transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, timeout=TIMEOUT_S) as client:
-            response = await client.request(method, ROOT + path, params=wanted, json=json, headers=self._headers)
+            response = await client.request(method, self._root + path, params=wanted, json=json, headers=self._headers)
         if response.is_success:
             return response.json() if response.content else None
         raise _error(response)
@@ -99,3 +108,14 @@ def _error(response: httpx.Response) -> ForeshoreError:
     detail = str(problem.get("detail") or problem.get("title") or f"the API answered {response.status_code}")
     remedy = str(problem.get("remedy") or "")
     return kind(detail, remedy=remedy)
+
+
+def part(text: str) -> str:
+    """`text` as one part of a path."""
+    return quote(text, safe="")
+
+
+def inside(target: str | None) -> str:
+    """An address of ours to go on to; anything that could lead elsewhere becomes the overview."""
+    is_ours = target is not None and target.startswith("/") and not target.startswith(("//", "/\\"))
+    return target if target and is_ours and target.isprintable() else "/"

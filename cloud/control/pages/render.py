@@ -16,8 +16,13 @@ from cloud.control.pages.views import tone
 from wire.errors import ForeshoreError
 
 FOLDER = Path(__file__).parent
-NAVIGATION = (("/", "Overview"), ("/devices", "Devices"), ("/models", "Models"), ("/rollouts", "Rollouts"),
-              ("/decisions", "Decisions"), ("/enrol", "Enrol"))  # fmt: skip
+NAVIGATION = (("/", "Overview"), ("/devices", "Devices"), ("/groups", "Groups"), ("/models", "Models"),
+              ("/rollouts", "Rollouts"), ("/decisions", "Decisions"), ("/audit", "Audit"),
+              ("/enrol", "Enrol"))  # fmt: skip
+ACTION_WORDS = {
+    "approve": "Approve", "start": "Start", "pause": "Pause", "resume": "Resume", "halt": "Halt",
+    "retry": "Retry failed", "rollback": "Roll back",
+}  # fmt: skip
 
 
 class Renderer:
@@ -31,7 +36,7 @@ class Renderer:
             lstrip_blocks=True,
         )
         self._environment.filters.update(bytes=size_text, short=short, instant=instant, words=words, number=number)
-        self._environment.globals.update(tone=tone, navigation=NAVIGATION)
+        self._environment.globals.update(tone=tone, navigation=NAVIGATION, action_words=ACTION_WORDS)
 
     def page(self, request: Request, template: str, values: Mapping[str, Any], *, status: int = 200) -> HTMLResponse:
         """One page; never stored by the browser, as it shows a session's view."""

@@ -7,7 +7,6 @@ answered with a redirect, or shown again with what was wrong. Everything works w
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,14 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.staticfiles import StaticFiles
 from starlette.responses import RedirectResponse, Response
 
-from cloud.control.pages.api import PageApi
-from cloud.control.pages.forms import rollout_order
+from cloud.control.pages.api import PageApi, inside, part
+from cloud.control.pages.change_pages import ChangePages
+from cloud.control.pages.forms import labels_body
+from cloud.control.pages.group_pages import GroupPages
 from cloud.control.pages.qr import qr_svg
 from cloud.control.pages.render import Renderer
+from cloud.control.pages.rollout_pages import RolloutPages
+from cloud.control.pages.rollout_view import rollout_view
 from cloud.control.pages.session import (
     COOKIE,
     CSRF_FIELD,
@@ -31,14 +34,17 @@ from cloud.control.pages.session import (
     require_same_origin,
     set_session,
 )
-from cloud.control.pages.views import candidates_of, fleet_health, rollout_view
+from cloud.control.pages.views import candidates_of, fleet_health
 from wire import decision
-from wire.errors import ForeshoreError, InvalidInputError, NotAllowedError, NotAuthenticatedError, NotFoundError
+from wire.errors import (
+    ForeshoreError,
+    InvalidInputError,
+    NotAuthenticatedError,
+)
 
 MAX_FORM_BYTES = 64 * 1024
 RECENT = 8
 LOG_LENGTH = 100
-ROLLOUT_ACTIONS = frozenset({"start", "pause", "resume", "halt", "rollback"})
 
 Handler = Callable[[Request, PageApi], Awaitable[Response]]
 
@@ -52,19 +58,45 @@ def install(app: FastAPI) -> None:
 
 def router(app: FastAPI) -> APIRouter:
     """The pages of the control plane whose API `app` serves."""
-    pages = Pages(app, Renderer())
+    renderer = Renderer()
+    pages, changes = Pages(app, renderer), ChangePages(renderer)
+    groups, rollouts = GroupPages(renderer), RolloutPages(renderer)
     routes = APIRouter(include_in_schema=False)
-    for path, handler in (
-        ("/", pages.overview), ("/devices", pages.devices), ("/devices/{device_id}", pages.device),
-        ("/models", pages.models), ("/models/{name}", pages.model), ("/rollouts", pages.rollouts),
-        ("/rollouts/{rollout_id}", pages.rollout), ("/decisions", pages.decisions),
-        ("/decisions/{decision_id}", pages.decision), ("/enrol", pages.enrol),
-    ):  # fmt: skip
+    shown: dict[str, Handler] = {
+        "/": pages.overview,
+        "/devices": pages.devices,
+        "/devices/{device_id}": pages.device,
+        "/groups": groups.groups,
+        "/models": pages.models,
+        "/models/{name}": pages.model,
+        "/rollouts": rollouts.rollouts,
+        "/rollouts/new": rollouts.new_rollout,
+        "/rollouts/{rollout_id}": rollouts.rollout,
+        "/rollouts/{rollout_id}/{action}": rollouts.back_to_rollout,
+        "/decisions": pages.decisions,
+        "/decisions/{decision_id}": pages.decision,
+        "/audit": changes.audit,
+        "/audit/export": changes.export_audit,
+        "/webhooks": changes.webhooks,
+        "/webhooks/{webhook_id}": changes.webhook,
+        "/enrol": pages.enrol,
+    }
+    sent: dict[str, Handler] = {
+        "/devices/{device_id}/revoke": pages.revoke,
+        "/devices/{device_id}/labels": pages.label,
+        "/groups": groups.create_group,
+        "/groups/{name}/delete": groups.delete_group,
+        "/rollouts": rollouts.create_rollout,
+        "/rollouts/{rollout_id}/{action}": rollouts.steer_rollout,
+        "/webhooks": changes.create_webhook,
+        "/webhooks/{webhook_id}/{action}": changes.steer_webhook,
+        "/webhook-deliveries/{delivery_id}/resend": changes.resend,
+        "/enrol": pages.create_enrolment,
+        "/logout": pages.logout,
+    }
+    for path, handler in shown.items():
         routes.add_api_route(path, pages.shown(handler), methods=["GET"])
-    for path, handler in (
-        ("/rollouts", pages.create_rollout), ("/rollouts/{rollout_id}/{action}", pages.steer_rollout),
-        ("/devices/{device_id}/revoke", pages.revoke), ("/enrol", pages.create_enrolment), ("/logout", pages.logout),
-    ):  # fmt: skip
+    for path, handler in sent.items():
         routes.add_api_route(path, pages.sent(handler), methods=["POST"])
     routes.add_api_route("/login", pages.login_form, methods=["GET"])
     routes.add_api_route("/login", pages.login, methods=["POST"])
@@ -88,7 +120,7 @@ class Pages:
             if not session:
                 return RedirectResponse(f"/login?next={quote(request.url.path)}", status_code=303)
             try:
-                return await handler(request, PageApi(self._app, session))
+                return await handler(request, PageApi(self._app, str(request.base_url), session))
             except NotAuthenticatedError:
                 response = RedirectResponse(f"/login?next={quote(request.url.path)}&ended=1", status_code=303)
                 end_session(response)
@@ -118,7 +150,7 @@ class Pages:
     async def login_form(self, request: Request) -> Response:
         """Ask for the token."""
         ended = "Your session has ended. Sign in again." if request.query_params.get("ended") else ""
-        return self._page(request, "login.html", next=_inside(request.query_params.get("next")), problem=ended)
+        return self._page(request, "login.html", next=inside(request.query_params.get("next")), problem=ended)
 
     async def login(self, request: Request) -> Response:
         """Check the token with the API, then keep it in the cookie."""
@@ -126,11 +158,11 @@ class Pages:
         try:
             require_same_origin(request.headers)
             form = await _form(request)
-            target = _inside(form.get("next"))
+            target = inside(form.get("next"))
             token = form.get("token", "").strip()
             if not token.isascii() or not 0 < len(token) <= MAX_TOKEN_LENGTH or not token.isprintable():
                 raise NotAuthenticatedError("that is not a token", remedy="paste the whole line of tokens/admin")
-            await PageApi(self._app, token).get("/groups")
+            await PageApi(self._app, str(request.base_url), token).get("/groups")
         except ForeshoreError as error:
             return self._page(request, "login.html", status=error.http_status, next=target, problem=str(error))
         response = RedirectResponse(target, status_code=303)
@@ -163,14 +195,14 @@ class Pages:
         """One device: wish and report side by side."""
         name = request.path_params["device_id"]
         device, decisions = await asyncio.gather(
-            api.get(f"/devices/{_part(name)}"), api.newest("/decisions", RECENT, subject=name)
+            api.get(f"/devices/{part(name)}"), api.newest("/decisions", RECENT, subject=name)
         )
         desired = {one["name"]: one for one in (device.get("desired") or {}).get("models", [])}
         return self._page(request, "device.html", device=device, desired=desired, decisions=decisions)
 
     async def revoke(self, request: Request, api: PageApi) -> Response:
         """Revoke a device."""
-        await api.delete(f"/devices/{_part(request.path_params['device_id'])}")
+        await api.delete(f"/devices/{part(request.path_params['device_id'])}")
         return RedirectResponse("/devices", status_code=303)
 
     async def models(self, request: Request, api: PageApi) -> Response:
@@ -181,49 +213,15 @@ class Pages:
     async def model(self, request: Request, api: PageApi) -> Response:
         """One model: each release, its artefacts, gates, sizes and encodings."""
         name = request.path_params["name"]
-        model, releases = await asyncio.gather(api.get(f"/models/{_part(name)}"), api.all("/releases"))
+        model, releases = await asyncio.gather(api.get(f"/models/{part(name)}"), api.all("/releases"))
         own = model.get("versions") or model.get("releases") or [r for r in releases if r.get("name") == name]
         return self._page(request, "model.html", model=model, releases=own)
 
-    # rollouts
-
-    async def rollouts(self, request: Request, api: PageApi) -> Response:
-        """All rollouts, and the form for a new one."""
-        return await self._rollouts(request, api, {}, None)
-
-    async def _rollouts(
-        self, request: Request, api: PageApi, given: dict[str, str], problem: ForeshoreError | None
-    ) -> Response:
-        rollouts, releases, groups = await asyncio.gather(
-            api.all("/rollouts"), api.all("/releases"), api.all("/groups")
-        )
-        names = sorted({"all", *(str(group["name"]) for group in groups)})
-        return self._page(
-            request, "rollouts.html", status=problem.http_status if problem else 200, problem=problem, given=given,
-            rollouts=[rollout_view(one) for one in rollouts], releases=releases, groups=names,
-        )  # fmt: skip
-
-    async def create_rollout(self, request: Request, api: PageApi) -> Response:
-        """Create and start a rollout as the form says."""
-        form: dict[str, str] = request.state.form
-        try:
-            created = await api.post("/rollouts", rollout_order(form))
-        except (InvalidInputError, NotFoundError, NotAllowedError) as error:
-            return await self._rollouts(request, api, form, error)
-        return RedirectResponse(f"/rollouts/{_part(str(created['rollout_id']))}", status_code=303)
-
-    async def rollout(self, request: Request, api: PageApi) -> Response:
-        """One rollout as it moves."""
-        document = await api.get(f"/rollouts/{_part(request.path_params['rollout_id'])}")
-        return self._page(request, "rollout.html", rollout=rollout_view(document))
-
-    async def steer_rollout(self, request: Request, api: PageApi) -> Response:
-        """Start, pause, resume, halt or roll back."""
-        rollout_id, action = request.path_params["rollout_id"], request.path_params["action"]
-        if action not in ROLLOUT_ACTIONS:
-            raise NotFoundError(f"a rollout has no action {action!r}", remedy=f"one of {', '.join(ROLLOUT_ACTIONS)}")
-        await api.post(f"/rollouts/{_part(rollout_id)}/{action}", {})
-        return RedirectResponse(f"/rollouts/{_part(rollout_id)}", status_code=303)
+    async def label(self, request: Request, api: PageApi) -> Response:
+        """Replace a device's labels."""
+        name = part(request.path_params["device_id"])
+        await api.put(f"/devices/{name}/labels", labels_body(request.state.form))
+        return RedirectResponse(f"/devices/{name}#labels", status_code=303)
 
     # decisions
 
@@ -240,7 +238,7 @@ class Pages:
 
     async def decision(self, request: Request, api: PageApi) -> Response:
         """One decision with its arithmetic."""
-        document = await api.get(f"/decisions/{_part(request.path_params['decision_id'])}")
+        document = await api.get(f"/decisions/{part(request.path_params['decision_id'])}")
         plain = {name: value for name, value in document.items() if name in decision.Decision.__dataclass_fields__}
         record = decision.from_dict(plain)
         replayed = decision.replay(record)
@@ -263,10 +261,7 @@ class Pages:
             return self._page(
                 request, "enrol.html", status=error.http_status, given=form, problem=error, enrolment=None
             )
-        address = f"{request.url.scheme}://{request.url.netloc}"
-        command = enrolment.get("command") or shlex.join(
-            ["foreshore-agent", "enrol", "--url", address, "--token", enrolment["enrolment_token"]]
-        )
+        command = enrolment["command"]
         return self._page(
             request, "enrol.html", given={}, problem=None, enrolment=enrolment, command=command,
             qr=qr_svg(command, f"QR code of the command for {enrolment['device_id']}"),
@@ -279,13 +274,3 @@ async def _form(request: Request) -> dict[str, str]:
         raise InvalidInputError("the form is too large or of unknown size", remedy="shorten what you typed")
     form = await request.form(max_files=0, max_fields=50)
     return {name: value for name, value in form.items() if isinstance(value, str)}
-
-
-def _part(text: str) -> str:
-    return quote(text, safe="")
-
-
-def _inside(target: str | None) -> str:
-    """An address of ours to go on to; anything that could lead elsewhere becomes the overview."""
-    is_ours = target is not None and target.startswith("/") and not target.startswith(("//", "/\\"))
-    return target if target and is_ours and target.isprintable() else "/"

@@ -27,6 +27,18 @@
     }
   }
 
+  // Details that a person opened or closed stay as they are.
+  const touched = new WeakSet();
+  document.addEventListener("click", (event) => {
+    const summary = event.target.closest("summary");
+    if (summary) touched.add(summary.parentElement);
+    for (const open of document.querySelectorAll("details.confirm[open]")) if (!open.contains(event.target)) open.open = false;
+  });
+  document.addEventListener("keydown", (event) => {
+    const open = event.key === "Escape" && document.querySelector("details.confirm[open]");
+    if (open) { open.open = false; open.querySelector("summary").focus(); }
+  });
+
   // Make `old` equal to `fresh`, touching only what differs; children with ids are matched by id.
   function morph(old, fresh) {
     if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName) { old.replaceWith(fresh); return; }
@@ -34,7 +46,10 @@
     if (old.nodeType !== Node.ELEMENT_NODE) return;
     if (old.nodeName === "TIME" && old.dateTime === fresh.dateTime) return;
     if (old.contains(document.activeElement) && /^(INPUT|SELECT|TEXTAREA)$/.test(old.nodeName)) return;
-    for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    for (const { name, value } of fresh.attributes) {
+      if (name === "open" && touched.has(old)) continue;
+      if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    }
     for (const { name } of [...old.attributes]) {
       if (!fresh.hasAttribute(name) && !["open", "title", "hidden"].includes(name)) old.removeAttribute(name);
     }
