@@ -1,8 +1,10 @@
 """The managed Mosquitto: found, configured, started, watched, reloaded, stopped.
 
-Every client shows a certificate of our authority, and its common name is its user name. The access list has one entry
-per enrolled device; taking the entry away is revocation. The broker is a cache: when it dies it is started again with
-a growing pause, and the control plane publishes everything anew. It never outlives this process.
+Every client shows a certificate of our authority that is not on its revocation list, and its common name is its user
+name. The access list has one entry per enrolled device. `allow` has the broker read both lists again: a revoked device
+hears and says nothing from then on, and its next handshake fails; `link.Link.cut_off` ends the connection it has. The
+broker is a cache: when it dies it is started again with a growing pause, and the control plane publishes everything
+anew. It never outlives this process.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class Broker:
             raise failure
 
     def allow(self, devices: Iterable[DeviceAccess]) -> None:
-        """Replace the access list and have the broker read it."""
+        """Replace the access list and have the broker read it and the authority's revocation list."""
         with self._lock:
             self._write_access(devices)
             if self._process is not None and self._process.poll() is None:
@@ -220,6 +222,7 @@ class Broker:
             f"cafile {self._authority.ca_file}",
             f"certfile {certificate}",
             f"keyfile {key}",
+            f"crlfile {self._authority.crl_file}",
             "require_certificate true",
             "use_identity_as_username true",
             "tls_version tlsv1.2",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cloud.up.child import ChildSpec
 from cloud.up.fleet import Device, Fleet, ServingWorker
-from cloud.up.ports import Ports
+from cloud.ports import Ports
 from cloud.up.supervisor import Supervisor
 from model_registry import trust
 from model_registry.client import ControlClient, connect
