@@ -77,7 +77,7 @@ class Authority:
         return fingerprint(self._certificate)
 
     def ensure_server(self, hosts: list[str]) -> tuple[Path, Path]:
-        """Certificate and key files of our servers, good for `hosts`; made anew when the hosts change or it gets old."""
+        """Certificate and key files of our servers, good for `hosts`; made anew when these change or it gets old."""
         certificate, key = self.folder / "server.pem", self.folder / "server.key"
         if not self._is_good(certificate, key, hosts):
             private = ec.generate_private_key(ec.SECP256R1())
@@ -127,10 +127,11 @@ class Authority:
                 if {entry.serial_number for entry in last} == wanted:
                     return
                 dated = max(dated, last.last_update_utc + timedelta(seconds=1))
-            builder = x509.CertificateRevocationListBuilder(self._certificate.subject, min(dated, now))
-            builder = builder.next_update(now + timedelta(days=CRL_DAYS))
+            at = min(dated, now)
+            builder = x509.CertificateRevocationListBuilder().issuer_name(self._certificate.subject)
+            builder = builder.last_update(at).next_update(now + timedelta(days=CRL_DAYS))
             for serial in sorted(wanted):
-                entry = x509.RevokedCertificateBuilder(serial, min(dated, now)).build()
+                entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(at).build()
                 builder = builder.add_revoked_certificate(entry)
             data = builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
             replace_durably(self.crl_file, data, mode=0o600)
