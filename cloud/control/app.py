@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api import access, builds, content, fleet, records
+from cloud.control.api import access, builds, content, docs, fleet, records
 from cloud.control.api.base import PREFIX, install_errors, principal_of
 from cloud.control.api.shield import Shield
 from cloud.control.identity import DEFAULT_TENANT, Role
@@ -21,7 +21,6 @@ from cloud.control.plane import ControlPlane
 from cloud.control.settings import Settings
 from wire.errors import NotAllowedError
 
-DOCS_URL = "/api/docs"
 LOOPBACK = frozenset({"127.0.0.1", "::1"})
 
 
@@ -41,8 +40,8 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Foreshore control plane",
         version=metadata.version("foreshore"),
-        docs_url=DOCS_URL,
-        openapi_url="/api/openapi.json",
+        docs_url=None,
+        openapi_url=docs.OPENAPI_URL,
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -52,12 +51,13 @@ def create_app(settings: Settings) -> FastAPI:
     install_errors(app)
     for part in (access, content, builds, fleet, records):
         app.include_router(part.router, prefix=PREFIX, tags=[part.__name__.rsplit(".", 1)[-1]])
+    docs.install(app)
     _install_health(app, plane)
     if importlib.util.find_spec("cloud.control.pages.routes") is not None:
         from cloud.control.pages import routes
 
         routes.install(app)
-    app.add_middleware(Shield, docs_url=DOCS_URL)
+    app.add_middleware(Shield)
     return app
 
 

@@ -102,7 +102,7 @@ def enrol(order: EnrolRequest, request: Request, plane: Plane) -> dict[str, Any]
     try:
         device, issued, token = plane.identity.enrol(order.enrolment_token, order.csr_pem, hardware)
     except NotAuthenticatedError:
-        plane.guesses.note_wrong(address)
+        plane.guesses.note_wrong(address, order.enrolment_token)
         raise
     plane.refresh_access()
     return {

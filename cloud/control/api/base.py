@@ -55,7 +55,7 @@ def principal_of_token(request: Request, secret: str) -> Principal:
     try:
         principal = plane.identity.get_principal(secret)
     except NotAuthenticatedError:
-        plane.guesses.note_wrong(address)
+        plane.guesses.note_wrong(address, secret)
         raise
     plane.guesses.note_right(secret)
     return principal

@@ -31,9 +31,8 @@ API_HEADERS: Final[Mapping[str, str]] = {
 class Shield:
     """ASGI middleware around the whole application. Blobs have their own size limit and are streamed."""
 
-    def __init__(self, app: ASGIApp, docs_url: str) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._docs_url = docs_url
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -41,8 +40,8 @@ class Shield:
             await self._app(scope, receive, send)
             return
         path: str = scope["path"]
-        is_api = path.startswith("/api/") and path != self._docs_url
-        send = _with_headers(send, API_HEADERS if is_api else {}, is_secure=scope["scheme"] == "https")
+        headers = API_HEADERS if path.startswith("/api/") else {}
+        send = _with_headers(send, headers, is_secure=scope["scheme"] == "https")
         try:
             self._refuse(scope, path)
         except ForeshoreError as error:
