@@ -30,6 +30,7 @@ from wire.process import die_with_parent, replace_durably
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 MAX_PACKET_BYTES = 1 << 20
+MAX_QUEUED_MESSAGES = 1_000_000  # not 0, "no limit": with it Mosquitto 2.0 hangs up after each publication it forbids
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 CALM_AFTER_S = 30.0  # a broker that ran this long starts again with the first pause
@@ -203,7 +204,7 @@ class Broker:
         lines = [
             *user,
             "per_listener_settings true",
-            "max_queued_messages 0",
+            f"max_queued_messages {MAX_QUEUED_MESSAGES}",
             "max_inflight_messages 100",
             f"max_packet_size {MAX_PACKET_BYTES}",
             "set_tcp_nodelay true",
