@@ -93,8 +93,8 @@ def cloud(
     """Run the control plane with its broker and web pages."""
     if die_with_parent_:
         die_with_parent()
-    os.umask(0o077)  # whatever is written below the home folder is ours alone
     tls = _tls_files(host, tls_cert, tls_key)
+    os.umask(0o077)  # whatever is written below the home folder is ours alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     home = home.expanduser().resolve()
     home.mkdir(parents=True, exist_ok=True)

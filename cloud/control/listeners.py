@@ -31,6 +31,7 @@ GRACE_S = 3
 class Door(H11Protocol):
     """HTTP/1.1 with a deadline for the headers."""
 
+    header_timeout_s = HEADER_TIMEOUT_S
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -52,7 +53,7 @@ class Door(H11Protocol):
         if self.conn.their_state is not h11.IDLE:
             self._forget()
         elif self._deadline is None and self.timeout_keep_alive_task is None:
-            self._deadline = self.loop.call_later(HEADER_TIMEOUT_S, self._expire)
+            self._deadline = self.loop.call_later(self.header_timeout_s, self._expire)
 
     def _expire(self) -> None:
         self._deadline = None

@@ -31,8 +31,9 @@ API_HEADERS: Final[Mapping[str, str]] = {
 class Shield:
     """ASGI middleware around the whole application. Blobs have their own size limit and are streamed."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
         self._app = app
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -48,7 +49,7 @@ class Shield:
             await problem(error)(scope, receive, send)
             return
         is_blob = path.startswith(f"{PREFIX}/blobs/")
-        await self._app(scope, _patient(receive) if is_blob else _limited(receive), send)
+        await self._app(scope, _patient(receive) if is_blob else _limited(receive, self._body_timeout_s), send)
 
     @staticmethod
     def _refuse(scope: Scope, path: str) -> None:
@@ -63,8 +64,8 @@ class Shield:
             raise TooLargeError("the body is too large", remedy=f"at most {MAX_BODY_BYTES} bytes")
 
 
-def _limited(receive: Receive) -> Receive:
-    received, deadline = 0, asyncio.get_running_loop().time() + BODY_TIMEOUT_S
+def _limited(receive: Receive, timeout_s: float) -> Receive:
+    received, deadline = 0, asyncio.get_running_loop().time() + timeout_s
     is_complete = False
 
     async def limited() -> Message:
