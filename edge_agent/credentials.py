@@ -52,7 +52,7 @@ class FileKeys:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-        key = ec.generateprivate_key(ec.SECP256R1())
+        key = ec.generate_private_key(ec.SECP256R1())
         return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 
     def request(self, key_text: str) -> str:
@@ -140,6 +140,7 @@ def store(file: Path, keys: KeyStore, key_text: str, certificate_pem: str) -> No
 def private_key(key_text: str, passphrase: bytes | None = None) -> ec.EllipticCurvePrivateKey:
     """The key in a text, opened with its passphrase where it has one."""
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     key = load_pem_private_key(key_text.encode(), passphrase)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
