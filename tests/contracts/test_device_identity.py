@@ -157,6 +157,7 @@ def test_an_agent_enrols_only_with_the_control_plane_that_made_the_token(
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)
 def test_short_lived_certificates_are_renewed_in_time_whatever_kills_the_agent(tmp_path: Path) -> None:
     control = ControlProcess(tmp_path / "control")
     control.options = ["--device-certificate-hours", str(SHORT_H)]
