@@ -18,10 +18,12 @@ from typing import Any
 import psutil
 
 from edge_agent.config import Home, Identity, Profile
+from edge_agent.credentials import Credentials, KeyStore
 from edge_agent.engines import Admission, Engines
 from edge_agent.fetch import Fetch, HttpSource, Progress, choose_encoding
 from edge_agent.link import Connection, Endpoint, Will
 from edge_agent.outbox import Outbox
+from edge_agent.renewal import Renewal
 from edge_agent.slots import Store
 from edge_agent.state import Restarted, SlotState, Wish, wanted_from
 from edge_agent.updates import Device, Update
@@ -45,15 +47,20 @@ MANIFEST_TRIES = 3
 class Agent:
     """One device at work. Lives in one event loop."""
 
-    def __init__(self, home: Home, profile: Profile, identity: Identity, endpoint: Endpoint) -> None:
+    def __init__(
+        self, home: Home, profile: Profile, identity: Identity, credentials: Credentials, keys: KeyStore
+    ) -> None:
         self.home, self.profile, self.identity = home, profile, identity
-        self._endpoint = endpoint
+        self._endpoint = Endpoint(identity.mqtt.host, identity.mqtt.port, credentials.context)
+        user = topics.mqtt_user(identity.tenant, identity.device_id)
+        self._client_id = identity.mqtt.client_id or user
         self._control_keys = key_ring(identity.trust.control)
         self.engines = Engines(profile.memory_budget_bytes)
         self.admission = Admission(profile.max_streams, profile.max_queue)
         self.store = Store(home.store, profile.disk_budget_bytes)
         self.outbox = Outbox(home.outbox_file, profile.outbox_quota_bytes)
-        self.http = HttpSource(identity)
+        self.http = HttpSource(identity, credentials.context)
+        self._renewal = Renewal(home, credentials, keys, self.http.post, self._reconnect)
         self.boot_epoch = home.count_boot()
         self.desired: Desired | None = None
         self.updates: dict[str, Update] = {}
@@ -90,6 +97,8 @@ class Agent:
         self._connect()
         await self._resume()
         self.control.start()
+        if self.identity.control_url.startswith("https://"):
+            self._spawn(self._renewal.run(self._renewal_failed), "renewal")
         last_report = 0.0
         watchdog = Watchdog()
         watchdog.say("READY=1")
@@ -103,6 +112,9 @@ class Agent:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), TICK_S)
         watchdog.say("STOPPING=1")
+        for task in list(self._tasks):
+            if task.get_name() == "renewal":
+                task.cancel()
         for update in self.updates.values():
             await update.close()
         self._publish("status", Status(online=False, boot_epoch=self.boot_epoch).to_bytes(), retain=True)
@@ -167,11 +179,10 @@ class Agent:
                 await self._close_bulk()
 
     def _connect(self) -> None:
-        user = topics.mqtt_user(self.identity.tenant, self.identity.device_id)
         will = Will(self._topic("status"), Status(online=False, boot_epoch=self.boot_epoch).to_bytes())
         self.control = Connection(
             self._endpoint,
-            user,
+            self._client_id,
             receive=self._receive,
             connected=self._on_connected,
             persistent=True,
@@ -183,10 +194,9 @@ class Agent:
 
     async def _open_bulk(self, *wanted: str) -> None:
         if self._bulk is None:
-            user = topics.mqtt_user(self.identity.tenant, self.identity.device_id)
             self._bulk = Connection(
                 self._endpoint,
-                f"{user}.bulk",
+                f"{self._client_id}.bulk",
                 receive=self._receive_bulk,
                 connected=lambda _: None,
                 persistent=False,
@@ -206,6 +216,15 @@ class Agent:
         bulk, self._bulk = self._bulk, None
         if bulk is not None:
             await bulk.close()
+
+    async def _reconnect(self) -> None:
+        await self.http.reconnect()
+        for connection in (self.control, self._bulk):
+            if connection is not None:
+                connection.reconnect()
+
+    def _renewal_failed(self, error: ForeshoreError) -> None:
+        self.outbox.add("alarm", {"code": error.code, "message": f"the certificate is not renewed: {error}"[:2000]})
 
     async def _resume(self) -> None:
         """Pick up every journal, then the last signed wish."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,26 +12,46 @@ from typing import Annotated
 
 import typer
 
-from edge_agent.config import Home, Profile, load_profile
+from edge_agent.config import ChipSettings, Home, Profile, load_profile
 from model_registry.exit_codes import exit_code
-from wire.errors import ForeshoreError
+from wire.errors import ForeshoreError, InvalidInputError
+from wire.exposure import is_loopback
+from wire.process import replace_durably
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The Foreshore edge agent.")
 HomeOption = Annotated[Path, typer.Option("--home", help="Folder of this agent.")]
 SHUTDOWN_S = 5
+MAX_TOKEN_CHARS = 1000
 
 
 @app.command("enrol")
 def enrol_command(
-    url: Annotated[str, typer.Option("--url", help="The control plane, e.g. http://127.0.0.1:8080.")],
-    token: Annotated[str, typer.Option("--token", help="One-time enrolment token.")],
+    url: Annotated[str, typer.Option("--url", help="The control plane's address for devices.")],
     home: HomeOption,
+    token: Annotated[str | None, typer.Option("--token", help="One-time enrolment token.")] = None,
+    token_file: Annotated[
+        typer.FileText | None, typer.Option("--token-file", help="File with the token, - for standard input.")
+    ] = None,
     profile: Annotated[str, typer.Option("--profile", help="A shipped profile or a YAML file.")] = "cpu-standard",
+    pkcs11_module: Annotated[Path | None, typer.Option(help="Library of a security chip to guard the key.")] = None,
+    pkcs11_token: Annotated[str | None, typer.Option(help="Label of the chip's token.")] = None,
+    pkcs11_pin_file: Annotated[Path | None, typer.Option(help="File with the token's PIN.")] = None,
 ) -> None:
     """Make a key, get a certificate. Example: foreshore-agent enrol --url URL --token TOKEN --home ~/agent"""
+    from edge_agent.credentials import open_keys
     from edge_agent.enrol import enrol
 
-    identity = enrol(Home(home), url, token, load_profile(profile))
+    os.umask(0o077)
+    secret = token or (token_file.read(MAX_TOKEN_CHARS).strip() if token_file else "")
+    if not secret:
+        raise InvalidInputError("no enrolment token", remedy="give --token, or --token-file so that nobody sees it")
+    folder = Home(home)
+    if pkcs11_module is not None:
+        if pkcs11_token is None or pkcs11_pin_file is None:
+            raise InvalidInputError("--pkcs11-module without token and PIN", remedy="give all three --pkcs11 options")
+        chip = ChipSettings(module=pkcs11_module, token=pkcs11_token, pin_file=pkcs11_pin_file.resolve())
+        replace_durably(folder.chip_file, chip.model_dump_json().encode(), mode=0o600)
+    identity = enrol(folder, url, secret, load_profile(profile), open_keys(folder))
     typer.echo(f"enrolled as {identity.tenant}.{identity.device_id}; start it: foreshore-agent run --home {home}")
 
 
@@ -47,6 +68,12 @@ def run_command(
         from wire.process import die_with_parent as bind_to_parent
 
         bind_to_parent()
+    if not is_loopback(host):
+        raise InvalidInputError(
+            f"--host {host}: the local API asks nobody who they are",
+            remedy="stay on loopback, put a proxy before it",
+        )
+    os.umask(0o077)
     asyncio.run(_run(Home(home), host, port, port_file))
 
 
@@ -81,14 +108,14 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
 
     from edge_agent.agent import Agent
     from edge_agent.cloud import Cloud
-    from edge_agent.link import Endpoint
+    from edge_agent.credentials import Credentials, open_keys
     from edge_agent.local_api.app import create_app
     from wire.process import write_port_file
 
     profile: Profile = home.profile()
     identity = home.identity()
-    endpoint = Endpoint(identity.mqtt.host, identity.mqtt.port, home.ca_file, home.certificate_file, home.key_file)
-    agent = Agent(home, profile, identity, endpoint)
+    keys = open_keys(home)
+    agent = Agent(home, profile, identity, Credentials(home, keys), keys)
     cloud = Cloud(identity.gateway_url, identity.device_token)
     listener = socket.create_server((host, port), backlog=128)
     address = listener.getsockname()

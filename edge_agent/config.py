@@ -53,6 +53,7 @@ class Mqtt(_Config):
 
     host: str
     port: Annotated[int, Field(ge=1, le=65535)]
+    client_id: Annotated[str, Field(min_length=1, max_length=120)] | None = None  # a secret of ours and the broker
 
 
 class Trust(_Config):
@@ -74,6 +75,14 @@ class Identity(_Config):
     trust: Trust
 
 
+class ChipSettings(_Config):
+    """Which security chip guards the device's key (PKCS#11)."""
+
+    module: Path
+    token: str
+    pin_file: Path
+
+
 class Home:
     """The folder of one agent."""
 
@@ -81,8 +90,9 @@ class Home:
         self.path = path
         self.profile_file = path / "profile.yaml"
         self.identity_file = path / "identity.json"
-        self.key_file = path / "device.key"
-        self.certificate_file = path / "device.pem"
+        self.certificate_file = path / "device.pem"  # the key (or where it is) and its certificate
+        self.next_key_file = path / "next.key"  # there while the certificate is being renewed
+        self.chip_file = path / "chip.json"
         self.ca_file = path / "ca.pem"
         self.state = path / "state"
         self.store = path / "store"
@@ -98,6 +108,12 @@ class Home:
         if not self.identity_file.exists():
             raise NotFoundError(f"{self.path} holds no identity", remedy="run foreshore-agent enrol first")
         return _validated(Identity, json.loads(_read(self.identity_file)), self.identity_file)
+
+    def chip(self) -> ChipSettings | None:
+        """The security chip that guards the key, if there is one."""
+        if not self.chip_file.exists():
+            return None
+        return _validated(ChipSettings, json.loads(_read(self.chip_file)), self.chip_file)
 
     def count_boot(self) -> int:
         """Raise and return the start counter."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -19,7 +21,14 @@ from edge_agent.slots import ChunkIndex, Partial, Store
 from model_registry.encodings import decode_frame
 from model_registry.manifest import MAX_MANIFEST_BYTES, Manifest, ReleaseArtefact
 from model_registry.trust import MAX_SIGNED_RELEASE_BYTES
-from wire.errors import ForeshoreError, IntegrityError, NotFoundError, TooLargeError, UnavailableError
+from wire.errors import (
+    ForeshoreError,
+    IntegrityError,
+    NotAuthenticatedError,
+    NotFoundError,
+    TooLargeError,
+    UnavailableError,
+)
 from wire.frames import parse_frame
 from wire.messages import Need
 
@@ -44,11 +53,11 @@ class Progress:
 
 
 class HttpSource:
-    """Content of the control plane over HTTP, by digest."""
+    """The control plane over HTTPS with the device's certificate: content by digest, and the few calls it answers."""
 
-    def __init__(self, identity: Identity) -> None:
-        headers = {"authorization": f"Bearer {identity.device_token}"}
-        self._client = httpx.AsyncClient(base_url=identity.control_url, headers=headers, timeout=HTTP_TIMEOUT_S)
+    def __init__(self, identity: Identity, tls: ssl.SSLContext) -> None:
+        self._url, self._tls = identity.control_url, tls
+        self._client = self._open()
 
     async def release(self, digest: str) -> bytes:
         """The signed envelope of a release."""
@@ -65,9 +74,33 @@ class HttpSource:
             raise IntegrityError(f"chunk {digest[:12]} arrived damaged", remedy="it will be fetched again")
         return data
 
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST below /api/v1; the answer's JSON, empty where there is none."""
+        try:
+            answer = await self._client.post(f"/api/v1/{path}", json=body)
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"{path} got no answer: {error}", remedy="it will be tried again") from error
+        if answer.status_code in {401, 403}:
+            raise NotAuthenticatedError(f"{path} is refused: {answer.text[:200]}", remedy="enrol the device again")
+        try:
+            document = answer.json() if answer.content else {}
+        except ValueError as error:
+            raise UnavailableError(f"{path} was not answered in JSON", remedy="it will be tried again") from error
+        if not answer.is_success or not isinstance(document, dict):
+            raise UnavailableError(f"{path}: {answer.status_code} {answer.text[:200]}", remedy="it will be tried again")
+        return document
+
+    async def reconnect(self) -> None:
+        """Open connections anew, with the certificate in use now."""
+        old, self._client = self._client, self._open()
+        await old.aclose()
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+    def _open(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self._url, verify=self._tls, timeout=HTTP_TIMEOUT_S)
 
     async def _get(self, path: str, max_bytes: int) -> bytes:
         error: Exception | None = None

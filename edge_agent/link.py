@@ -14,7 +14,6 @@ import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -38,13 +37,11 @@ class Will:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Broker and credentials; without certificates the connection is plain (only for tests on loopback)."""
+    """Broker and credentials; without TLS the connection is plain (only for tests on loopback)."""
 
     host: str
     port: int
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
+    tls: ssl.SSLContext | None = None
 
 
 Receive = Callable[[str, bytes, Callable[[], None]], None]
@@ -96,6 +93,10 @@ class Connection:
             return False
         return self._client.publish(topic, payload, qos=1, retain=retain).rc == mqtt.MQTT_ERR_SUCCESS
 
+    def reconnect(self) -> None:
+        """Leave and come back, with the certificate in use now; a persistent session loses nothing."""
+        self._client.disconnect()
+
     async def close(self) -> None:
         """Disconnect and end the thread."""
         self._stopping.set()
@@ -112,13 +113,8 @@ class Connection:
         )
         client.max_queued_messages_set(MAX_QUEUED)
         client.connect_timeout = CONNECT_TIMEOUT_S
-        if self._endpoint.ca_file:
-            client.tls_set(
-                ca_certs=str(self._endpoint.ca_file),
-                certfile=str(self._endpoint.certificate_file),
-                keyfile=str(self._endpoint.key_file),
-                tls_version=ssl.PROTOCOL_TLS_CLIENT,
-            )
+        if self._endpoint.tls:
+            client.tls_set_context(self._endpoint.tls)
         if will:
             properties = Properties(PacketTypes.WILLMESSAGE)
             properties.WillDelayInterval = will.delay_s

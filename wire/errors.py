@@ -101,6 +101,13 @@ class SignatureError(IntegrityError):
     code = "bad_signature"
 
 
+class RequestTimeoutError(ForeshoreError):
+    """A client did not send the rest of its request in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
 class InsufficientSpaceError(ForeshoreError):
     """Disk or memory does not suffice; details give `needed_bytes` and `free_bytes`."""
 

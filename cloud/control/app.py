@@ -13,11 +13,13 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api import access, builds, content, fleet, records, rollouts, webhooks
-from cloud.control.api.base import PREFIX, BodyLimit, install_errors, principal_of
-from cloud.control.identity import Role
+from cloud.control.api import access, builds, content, docs, fleet, records, rollouts, webhooks
+from cloud.control.api.base import PREFIX, install_errors, principal_of
+from cloud.control.api.shield import Shield
+from cloud.control.identity import DEFAULT_TENANT, Role
 from cloud.control.plane import ControlPlane
 from cloud.control.settings import Settings
+from wire.errors import NotAllowedError
 
 LOOPBACK = frozenset({"127.0.0.1", "::1"})
 
@@ -38,8 +40,8 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Foreshore control plane",
         version=metadata.version("foreshore"),
-        docs_url="/api/docs",
-        openapi_url="/api/openapi.json",
+        docs_url=None,
+        openapi_url=docs.OPENAPI_URL,
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -49,12 +51,13 @@ def create_app(settings: Settings) -> FastAPI:
     install_errors(app)
     for part in (access, content, builds, fleet, rollouts, records, webhooks):
         app.include_router(part.router, prefix=PREFIX, tags=[part.__name__.rsplit(".", 1)[-1]])
+    docs.install(app)
     _install_health(app, plane)
     if importlib.util.find_spec("cloud.control.pages.routes") is not None:
         from cloud.control.pages import routes
 
         routes.install(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(Shield)
     return app
 
 
@@ -75,9 +78,12 @@ def _install_health(app: FastAPI, plane: ControlPlane) -> None:
     @app.get("/metrics")
     @app.get(f"{PREFIX}/metrics")
     def metrics(request: Request) -> Response:
-        """Figures for Prometheus; open on loopback, else for viewers."""
+        """Figures of the whole platform for Prometheus; open on loopback, else for the platform's own viewers."""
         if request.client is None or request.client.host not in LOOPBACK:
-            principal_of(request).require(Role.VIEWER)
+            principal = principal_of(request)
+            principal.require(Role.VIEWER)
+            if principal.tenant != DEFAULT_TENANT:
+                raise NotAllowedError("these are figures of all tenants", remedy="ask the platform's administrator")
         enrolled, online = plane.fleet.count_online()
         figures = {
             "foreshore_devices": enrolled,

@@ -1,8 +1,10 @@
 """The managed Mosquitto: found, configured, started, watched, reloaded, stopped.
 
-Every client shows a certificate of our authority, and its common name is its user name. The access list has one entry
-per enrolled device; taking the entry away is revocation. The broker is a cache: when it dies it is started again with
-a growing pause, and the control plane publishes everything anew. It never outlives this process.
+Every client shows a certificate of our authority that is not on its revocation list, and its common name is its user
+name. The access list has one entry per enrolled device. `allow` has the broker read both lists again: a revoked device
+hears and says nothing from then on, and its next handshake fails; `link.Link.cut_off` ends the connection it has. The
+broker is a cache: when it dies it is started again with a growing pause, and the control plane publishes everything
+anew. It never outlives this process.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from wire.process import die_with_parent, replace_durably
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 MAX_PACKET_BYTES = 1 << 20
+MAX_QUEUED_MESSAGES = 1_000_000  # not 0, "no limit": with it Mosquitto 2.0 hangs up after each publication it forbids
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 CALM_AFTER_S = 30.0  # a broker that ran this long starts again with the first pause
@@ -116,7 +119,7 @@ class Broker:
             raise failure
 
     def allow(self, devices: Iterable[DeviceAccess]) -> None:
-        """Replace the access list and have the broker read it."""
+        """Replace the access list and have the broker read it and the authority's revocation list."""
         with self._lock:
             self._write_access(devices)
             if self._process is not None and self._process.poll() is None:
@@ -201,7 +204,7 @@ class Broker:
         lines = [
             *user,
             "per_listener_settings true",
-            "max_queued_messages 0",
+            f"max_queued_messages {MAX_QUEUED_MESSAGES}",
             "max_inflight_messages 100",
             f"max_packet_size {MAX_PACKET_BYTES}",
             "set_tcp_nodelay true",
@@ -220,6 +223,7 @@ class Broker:
             f"cafile {self._authority.ca_file}",
             f"certfile {certificate}",
             f"keyfile {key}",
+            f"crlfile {self._authority.crl_file}",
             "require_certificate true",
             "use_identity_as_username true",
             "tls_version tlsv1.2",

@@ -2,7 +2,8 @@
 
 A token is 32 random bytes; only its SHA-256 is kept. Roles are a ladder (viewer, operator, publisher, admin), besides
 three that are no rung of it: worker, gateway, device. A principal acts inside one tenant; the worker and the gateway
-serve all. Every change is in the audit chain.
+serve all, so only an administrator of the platform (an admin of the default tenant) makes their tokens. A device is
+known to this API by its certificate; its token is good for the gateway only. Every change is in the audit chain.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from cloud.control import audit
 from cloud.control.authority import Authority, Issued, check_user
+from cloud.control.certificates import Certificates, PeerCertificate, revoke_all
 from cloud.control.database import Database, announce
 from cloud.control.device_facts import store_facts
 from cloud.control.tables import Device, Enrolment, PublisherKey, Token
@@ -47,6 +49,7 @@ class Role(StrEnum):
     DEVICE = "device"
 
 
+PLATFORM_ROLES = frozenset({Role.WORKER, Role.GATEWAY})  # they serve every tenant
 LADDER = (Role.VIEWER, Role.OPERATOR, Role.PUBLISHER, Role.ADMIN)
 
 
@@ -84,6 +87,7 @@ class Identity:
     """Tokens, enrolments and publisher keys, in the database."""
 
     def __init__(self, database: Database, authority: Authority) -> None:
+        self.certificates = Certificates(database, authority)
         self._database = database
         self._authority = authority
 
@@ -93,6 +97,10 @@ class Identity:
         self, by: Principal, *, name: str, role: Role, tenant: str | None = None, device_id: str | None = None
     ) -> tuple[Token, str]:
         """Make a token; the secret is returned here and never again."""
+        if role in PLATFORM_ROLES and by.tenant != DEFAULT_TENANT:
+            raise NotAllowedError(
+                f"a {role} token serves every tenant", remedy="an administrator of the platform may make one"
+            )
         with self._database.write() as session:
             return self._add_token(session, by, name=name, role=role, tenant=tenant, device_id=device_id)
 
@@ -130,17 +138,26 @@ class Identity:
             raise NotAuthenticatedError("this token is unknown, revoked or expired", remedy="log in: foreshore login")
         return principal
 
+    def get_device(self, peer: PeerCertificate) -> Principal:
+        """The device that showed this certificate; `NotAuthenticatedError` otherwise."""
+        holder = self.certificates.get_holder(peer)
+        name = f"device:{holder.device_id}"
+        return Principal(holder.tenant, name, Role.DEVICE, f"certificate:{holder.serial}", holder.device_id)
+
     # enrolment
 
     def create_enrolment(
         self, by: Principal, *, device_id: str, tenant: str | None = None, expires_s: int = ENROLMENT_S
     ) -> tuple[Enrolment, str]:
-        """Allow one device to enrol once; the secret is returned here and never again."""
+        """Allow one device to enrol once; the secret is returned here and never again.
+
+        Behind the dot it carries the authority's fingerprint, so that the device knows whom it talks to from the start.
+        """
         tenant = _own_tenant(by, tenant)
         check_user(topics.mqtt_user(tenant, device_id))
         if not 60 <= expires_s <= MAX_ENROLMENT_S:
             raise InvalidInputError(f"expires_s is {expires_s}", remedy=f"60 to {MAX_ENROLMENT_S} seconds")
-        secret, now = "fe_" + secrets.token_urlsafe(32), datetime.now(UTC)
+        secret, now = f"fe_{secrets.token_urlsafe(32)}.{self._authority.fingerprint}", datetime.now(UTC)
         with self._database.write() as session:
             known = session.get(Device, (tenant, device_id))
             if known is not None and known.revoked_at is None:
@@ -168,7 +185,7 @@ class Identity:
                 raise NotAuthenticatedError(
                     "this enrolment token is unknown, used or expired", remedy="make a new one: foreshore enrolments"
                 )
-            issued = self._authority.issue_device(topics.mqtt_user(row.tenant, row.device_id), csr_pem)
+            issued = self.certificates.issue(session, row.tenant, row.device_id, csr_pem)
             row.used_at = now
             device = self._put_device(session, row, issued, hardware, now)
             by = Principal(row.tenant, f"enrolment:{row.enrolment_id}", Role.ADMIN, "")
@@ -186,7 +203,7 @@ class Identity:
         return device, issued, token
 
     def revoke_device(self, by: Principal, device_id: str) -> None:
-        """Take a device out: its token dies here, its place on the broker's access list by the caller."""
+        """Take a device out: its token and certificates die here, its place at the broker by the caller."""
         with self._database.write() as session:
             device = session.get(Device, (by.tenant, device_id))
             if device is None or device.revoked_at is not None:
@@ -196,6 +213,7 @@ class Identity:
             query = select(Token).where(Token.tenant == by.tenant, Token.device_id == device_id)
             for token in session.scalars(query.where(Token.revoked_at.is_(None))):
                 token.revoked_at = now
+            revoke_all(session, by.tenant, device_id, now)
             audit.record(session, tenant=by.tenant, actor=by.subject, action="device.revoke", subject=device_id)
             announce(session, "device", by.tenant, {"device_id": device_id, "revoked": True})
 

@@ -18,6 +18,7 @@ from cloud.control import audit
 from cloud.control.database import Database, announce
 from cloud.control.identity import Principal, new_id
 from cloud.control.tables import Build, Job
+from model_registry import catalogue
 from model_registry.blobs import BlobStore
 from model_registry.manifest import MAX_MANIFEST_BYTES, canonical_bytes, parse_manifest, sha256
 from wire.errors import ConflictError, IntegrityError, NotFoundError
@@ -94,6 +95,8 @@ class Jobs:
             job.manifest, job.stages, job.progress = manifest_digest, stages, 1.0
             job.gates = [gate.model_dump(mode="json") for gate in manifest.gates]
             now = datetime.now(UTC)
+            built = [manifest_digest, *(chunk.digest for chunk in manifest.chunk_list())]
+            catalogue.add_references(session, job.tenant, manifest_digest, built)
             session.merge(Build(cache_key=job.cache_key, manifest=manifest_digest, built_at=now))
             self._finish(session, job, "succeeded")
 

@@ -12,7 +12,7 @@ import queue
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +27,7 @@ KEEPALIVE_S = 20
 EPOCH_WAIT_S = 1.0
 WINDOW = 20
 PUBLISH_TIMEOUT_S = 10.0
+CUT_TIMEOUT_S = 5.0
 MAX_INBOX = 10_000
 LEAVES = ("reported", "status", "need", "event")
 
@@ -45,7 +46,7 @@ class Link:
     ) -> None:  # fmt: skip
         self.is_connected = False
         self.num_refused = 0
-        self._host, self._port = host, port
+        self._host, self._port, self._context = host, port, context
         self._epoch = Epoch(epoch=epoch, started_at=datetime.now(UTC))
         self._hear, self._republish = hear, republish
         self._inbox: queue.Queue[tuple[str, bytes] | None] = queue.Queue(MAX_INBOX)
@@ -92,6 +93,14 @@ class Link:
         """Take a revoked device's retained documents off the broker."""
         for leaf in ("desired", "reported", "status"):
             self._control.publish(topics.device(tenant, device_id, leaf), b"", qos=1, retain=True)
+
+    def cut_off(self, client_ids: Iterable[str]) -> None:
+        """End these clients' connections and sessions, by taking them over (MQTT 5, 3.1.4) and letting them go."""
+        for client_id in client_ids:
+            try:
+                _take_over(_client(client_id, self._context), self._host, self._port)
+            except OSError as error:  # no broker, no connection: it will refuse them when it is back
+                log.warning("%s could not be cut off now: %s", client_id.rpartition("-")[0], error)
 
     def send_command(self, tenant: str, device_id: str, name: str, payload: bytes) -> None:
         """Send one command."""
@@ -180,6 +189,16 @@ def _client(name: str, context: ssl.SSLContext | None) -> mqtt.Client:
         client.tls_set_context(context)
     client.connect_timeout = 5.0
     return client
+
+
+def _take_over(client: mqtt.Client, host: str, port: int) -> None:
+    is_taken = threading.Event()
+    client.on_connect = lambda *_: is_taken.set()
+    client.connect(host, port, KEEPALIVE_S, clean_start=True)
+    deadline = time.monotonic() + CUT_TIMEOUT_S
+    while not is_taken.is_set() and time.monotonic() < deadline:
+        client.loop(0.05)
+    client.disconnect()
 
 
 def wait_connected(link: Link, timeout_s: float) -> bool:

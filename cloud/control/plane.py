@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cloud.control import audit
 from cloud.control.audit_chain import Verdict
-from cloud.control.authority import CONTROL_USER, Authority
+from cloud.control.authority import CONTROL_USER, Authority, Issued
 from cloud.control.broker import Broker, DeviceAccess, client_context
+from cloud.control.certificates import Holder
 from cloud.control.database import Database, announce
 from cloud.control.decisions import Decisions
 from cloud.control.decisions import add as add_decision
 from cloud.control.delivery import Delivery
 from cloud.control.events import EventBus
 from cloud.control.fleet import Fleet
+from cloud.control.guesses import Guesses
 from cloud.control.identity import SYSTEM, Identity, Principal, Role
 from cloud.control.jobs import Jobs
 from cloud.control.link import Link
@@ -37,7 +43,7 @@ from wire.envelope import key_id
 from wire.errors import ForeshoreError, InvalidInputError
 from wire.messages import Event, Need, Reported, Status, parse
 from wire.process import free_port, replace_durably
-from wire.topics import check_name
+from wire.topics import check_name, mqtt_user
 
 SERVICE_TOKENS = {"admin": Role.ADMIN, "worker": Role.WORKER, "gateway": Role.GATEWAY}
 
@@ -48,7 +54,7 @@ class ControlPlane:
     """Owns the parts; `start` brings them up, `stop` takes them down."""
 
     def __init__(self, settings: Settings) -> None:
-        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.settings = settings
         self.bus = EventBus()
         self.database = Database(settings.database, self.bus)
@@ -57,8 +63,9 @@ class ControlPlane:
         self.blobs = open_blob_store(settings.blobs)
         key_file = settings.home / "keys" / "control.pem"
         self.key = load_key(key_file) if key_file.exists() else create_key(key_file)
-        self.authority = Authority(settings.home / "pki")
+        self.authority = Authority(settings.home / "pki", settings.device_lifetime)
         self.identity = Identity(self.database, self.authority)
+        self.guesses = Guesses(time.monotonic)
         self.fleet = Fleet(self.database, self.key, self._send_desired)
         self.decisions = Decisions(self.database)
         self.rollouts = Rollouts(self.database, self.fleet, self.blobs)
@@ -78,6 +85,7 @@ class ControlPlane:
     def start(self) -> None:
         """Bring everything up; returns when the broker listens."""
         self._write_service_tokens()
+        self.authority.revoke(self.identity.certificates.revoked())
         if self.broker is not None:
             self.broker.start(self._access())
         self.link.start()
@@ -103,15 +111,46 @@ class ControlPlane:
         public = self.key.public_key()
         return {key_id(public): encode_public_key(public)}
 
+    def server_certificate(self) -> tuple[Path, Path]:
+        """Certificate and key files for what devices talk to: the broker and their HTTPS port."""
+        settings = self.settings
+        return self.authority.ensure_server([settings.device_host, "localhost", settings.advertise_host])
+
+    @property
+    def device_url(self) -> str | None:
+        """Where devices reach this API with their certificates; None when there is no such port."""
+        settings = self.settings
+        return f"https://{settings.advertise_host}:{settings.device_port}" if settings.device_port else None
+
+    def client_id(self, tenant: str, device_id: str) -> str:
+        """The MQTT client id of a device. Nobody else can know it: whoever connects with it takes the session over."""
+        user = mqtt_user(tenant, device_id)
+        secret = hashlib.sha256(self.key.private_bytes_raw() + b"foreshore mqtt client id").digest()
+        return f"{user}-{hmac.new(secret, user.encode(), hashlib.sha256).hexdigest()[:32]}"
+
+    def renew_certificate(self, holder: Holder, csr_pem: str) -> Issued:
+        """A second certificate for a device; the broker learns which ones have died."""
+        issued = self.identity.certificates.renew(holder, csr_pem)
+        self.refresh_access()
+        return issued
+
+    def confirm_certificate(self, holder: Holder) -> None:
+        """A device shows its new certificate: the old one dies, at the broker too."""
+        if self.identity.certificates.confirm(holder):
+            self.refresh_access()
+
     def refresh_access(self) -> None:
-        """Have the broker know who may use it now."""
+        """Have the broker know who may use it now, and whose certificates it must refuse."""
+        self.authority.revoke(self.identity.certificates.revoked())
         if self.broker is not None:
             self.broker.allow(self._access())
 
     def revoke(self, by: Principal, device_id: str) -> None:
-        """Take a device out of the fleet: token, access, retained documents, running rollouts."""
+        """Take a device out of the fleet: token, certificates, access, connections, documents, running rollouts."""
         self.identity.revoke_device(by, device_id)
         self.refresh_access()
+        client_id = self.client_id(by.tenant, device_id)
+        self.link.cut_off([client_id, f"{client_id}.bulk"])
         self.link.clear_retained(by.tenant, device_id)
         self.rollouts.remove_device(by.tenant, device_id)
 
@@ -160,7 +199,7 @@ class ControlPlane:
         return Broker(
             self.settings.home / "mosquitto",
             self.authority,
-            host=self.settings.host,
+            host=self.settings.device_host,
             port=self.mqtt_port,
             advertised=[self.settings.advertise_host],
         )
@@ -168,7 +207,7 @@ class ControlPlane:
     def _make_link(self) -> Link:
         certificate, key = self.authority.ensure_client(CONTROL_USER)
         context = client_context(self.authority.ca_file, certificate, key)
-        host = self.settings.broker_host or self.settings.host
+        host = self.settings.broker_host or self.settings.device_host
         return Link(
             host, self.mqtt_port, context, epoch=self._next_epoch(), hear=self.hear, republish=self.fleet.republish
         )

@@ -78,7 +78,7 @@ class Publications:
         check_name("model", order.name)
         targets = {name: dict(self._find_target(name)) for name in dict.fromkeys(order.targets)}
         for digest in [file.digest for file in order.files] + ([order.golden] if order.golden else []):
-            if not self._blobs.has(digest):
+            if not self._is_ours(by.tenant, digest):
                 raise InvalidInputError(f"blob {digest[:12]} is not stored", remedy="upload it with PUT /blobs first")
         source: dict[str, Any] = {
             "format": order.source_format,
@@ -113,6 +113,10 @@ class Publications:
             )  # fmt: skip
             _tell(session, row)
             return self._shown(session, row)
+
+    def _is_ours(self, tenant: str, digest: str) -> bool:
+        with self._database.read() as session:
+            return catalogue.is_referenced(session, digest, tenant=tenant) and self._blobs.has(digest)
 
     def get(self, tenant: str, publication_id: str) -> dict[str, Any]:
         """A publication with its jobs, and the bytes to sign when they are ready."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
+
+from cloud.control.authority import DEVICE_LIFETIME
 
 
 @dataclass(frozen=True)
@@ -11,8 +14,9 @@ class Settings:
     """All there is to choose; the defaults are the embedded ones."""
 
     home: Path
-    host: str = "127.0.0.1"
-    port: int = 0
+    device_host: str = "127.0.0.1"  # where devices' port and the broker listen
+    device_port: int = 0  # devices' HTTPS port, bound by the entry point; 0: there is none
+    device_lifetime: timedelta = DEVICE_LIFETIME  # of a device's certificate
     database_url: str | None = None
     blob_url: str | None = None
     mqtt_port: int = 0

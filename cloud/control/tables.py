@@ -137,6 +137,19 @@ class DeviceFact(Base):
     __table_args__ = (Index("ix_device_facts_value", "tenant", "name", "value"),)
 
 
+class DeviceCertificate(Base):
+    """A certificate that was issued to a device."""
+
+    __tablename__ = "device_certificates"
+    serial: Mapped[str] = mapped_column(String(64), primary_key=True)  # lower-case hex
+    tenant: Mapped[str] = mapped_column(String(64))
+    device_id: Mapped[str] = mapped_column(String(64))
+    issued_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    __table_args__ = (Index("ix_device_certificates_device", "tenant", "device_id"),)
+
+
 class Group(Base):
     """A named set of devices: a list, or a filter over what devices report."""
 

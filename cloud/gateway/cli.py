@@ -21,6 +21,7 @@ from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet, WorkerSpec, parse_worker
 from cloud.gateway.text import ChatTokenizer
 from wire.errors import InvalidInputError, UnavailableError
+from wire.exposure import is_loopback, require_tls_off_loopback
 from wire.process import die_with_parent, write_port_file
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -37,6 +38,8 @@ def gateway(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 0,
     port_file: Annotated[Path | None, typer.Option(help="Written once the gateway accepts requests.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate to serve with; needed off loopback.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
     control: Annotated[str | None, typer.Option(help="Control plane's URL: checks tokens, keeps decisions.")] = None,
     control_token_file: Annotated[Path | None, typer.Option(help="The gateway's own token there.")] = None,
     control_ca: Annotated[Path | None, typer.Option(help="CA of the control plane's certificate.")] = None,
@@ -47,6 +50,9 @@ def gateway(
     """Run the OpenAI-compatible endpoint before the serving workers. Tokens are always checked."""
     if die_with_parent_:
         die_with_parent()
+    require_tls_off_loopback(host, has_tls=tls_cert is not None, remedy="give --tls-cert and --tls-key")
+    if (tls_cert is None) != (tls_key is None):
+        raise InvalidInputError("one of --tls-cert and --tls-key is missing", remedy="give both")
     if len(model_name) != len(tokenizer):
         raise InvalidInputError(
             f"{len(model_name)} --model-name and {len(tokenizer)} --tokenizer", remedy="give them in pairs"
@@ -56,7 +62,7 @@ def gateway(
     auth = _authenticator(client, token_file)
     worker_token = worker_token_file.read_text(encoding="utf-8").strip() if worker_token_file else None
     folders = dict(zip(model_name, tokenizer, strict=True))
-    asyncio.run(_serve(folders, specs, worker_token, auth, client, host, port, port_file))
+    asyncio.run(_serve(folders, specs, worker_token, auth, client, host, port, port_file, (tls_cert, tls_key)))
 
 
 async def _serve(
@@ -68,6 +74,7 @@ async def _serve(
     host: str,
     port: int,
     port_file: Path | None,
+    tls: tuple[Path | None, Path | None],
 ) -> None:
     first = next(iter(folders))
     unknown = {spec.model for spec in specs} - {"", *folders}
@@ -79,10 +86,11 @@ async def _serve(
         )
         for name, folder in folders.items()
     }
-    application = create_app(Gateway(models, auth, DecisionLog(client), has_open_metrics=host in ("127.0.0.1", "::1")))
+    application = create_app(Gateway(models, auth, DecisionLog(client), has_open_metrics=is_loopback(host)))
     config = uvicorn.Config(
-        application, log_level="warning", ws="none", access_log=False, timeout_graceful_shutdown=10, server_header=False
-    )
+        application, log_level="warning", ws="none", access_log=False, timeout_graceful_shutdown=10,
+        server_header=False, ssl_certfile=tls[0], ssl_keyfile=tls[1],
+    )  # fmt: skip
     server = _Server(config)
     try:
         listener = socket.create_server((host, port), backlog=512)

@@ -6,13 +6,13 @@ import asyncio
 import json
 import os
 import signal
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from wire.errors import InvalidInputError, UnavailableError
+from wire.exposure import is_loopback
 from wire.process import die_with_parent, write_port_file
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -42,7 +42,7 @@ def serve(
     if die_with_parent_:
         die_with_parent()
     token = token_file.read_text(encoding="utf-8").strip() if token_file else None
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise InvalidInputError(f"--host {host} without --token-file", remedy="give --token-file, or stay on loopback")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -89,13 +89,6 @@ async def _run(engine: Any, config: Any, host: str, port: int, port_file: Path |
     if thread.failure is not None:
         raise UnavailableError(f"the engine has failed: {thread.failure!r}", remedy="restart it") from thread.failure
     return 0
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

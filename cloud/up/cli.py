@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -40,6 +41,7 @@ def up(
 
     A process that dies is restarted with back-off. Ctrl-C stops everything and leaves nothing behind.
     """
+    os.umask(0o077)  # state, logs and port files are for this person alone
     console = Console()
     stop = _StopFlag()
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloud.ports import Ports
 from cloud.up.child import ChildSpec
 from cloud.up.fleet import Device, Fleet, ServingWorker
-from cloud.up.ports import Ports
 from cloud.up.supervisor import Supervisor
 from model_registry import trust
 from model_registry.client import ControlClient, connect
@@ -85,10 +85,13 @@ class Laptop:
     def _start_control(self, gateway_port: int | None) -> None:
         port, mqtt_port = self._ports.get("control"), self._ports.get("mqtt")
         command = ["cloud", "--home", str(self.home / "cloud"), "--port", str(port), "--mqtt-port", str(mqtt_port)]
+        device_port = self._ports.get("devices")
+        command += ["--device-port", str(device_port)]
         if gateway_port is not None:
             command += ["--gateway-url", f"http://{HOST}:{gateway_port}"]
         self._supervisor.start_and_wait(self._foreshore("control", command), timeout_s=CONTROL_READY_S)
         self._supervisor.addresses["control"] = f"http://{HOST}:{port}"
+        self._supervisor.addresses["devices"] = f"https://{HOST}:{device_port}"
         self._supervisor.addresses["mqtt"] = f"mqtts://{HOST}:{mqtt_port}"
 
     def _register_publisher_key(self) -> None:
@@ -143,9 +146,13 @@ class Laptop:
     def _enrol(self, device: Device, home: Path) -> None:
         with self._client() as client:
             enrolment = client.post("/enrolments", {"device_id": device.device_id})
-        command = [sys.executable, "-m", "edge_agent.cli", "enrol", "--url", self.control_url, "--home", str(home)]
-        command += ["--token", enrolment["enrolment_token"], "--profile", device.profile]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=ENROL_TIMEOUT_S, check=False)
+        url = self._supervisor.addresses["devices"]
+        command = [sys.executable, "-m", "edge_agent.cli", "enrol", "--url", url, "--home", str(home)]
+        command += ["--token-file", "-", "--profile", device.profile]  # a command line can be read by everyone
+        token = enrolment["enrolment_token"]
+        result = subprocess.run(
+            command, input=token, capture_output=True, text=True, timeout=ENROL_TIMEOUT_S, check=False
+        )
         if result.returncode != 0:
             raise ForeshoreError(f"{device.device_id} could not enrol: {result.stderr.strip()[-500:]}")
 

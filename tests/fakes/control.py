@@ -47,7 +47,9 @@ class ControlProcess:
     """`foreshore cloud` as a child; can be killed and started again on the same home and ports."""
 
     def __init__(self, home: Path) -> None:
-        self.home, self.port, self.mqtt_port = home, free_port(), free_port()
+        self.home, self.port, self.mqtt_port, self.device_port = home, free_port(), free_port(), free_port()
+        self.device_url = f"https://127.0.0.1:{self.device_port}"
+        self.options: list[str] = []  # more of the command line
         self.url = f"http://127.0.0.1:{self.port}"
         self.publisher = Ed25519PrivateKey.generate()
         self.process: subprocess.Popen[bytes] | None = None
@@ -59,9 +61,11 @@ class ControlProcess:
         self.home.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "cloud.cli", "cloud", "--home", str(self.home), "--port", str(self.port)]
         command += ["--mqtt-port", str(self.mqtt_port), "--port-file", str(port_file), "--die-with-parent"]
+        command += ["--device-port", str(self.device_port), *self.options]
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_until(port_file.exists, f"control plane starts: {(self.home / 'log').read_text()[-2000:]}", 60)
+        wait_until(lambda: port_file.exists() or self.process.poll() is not None, "the control plane starts", 60)
+        assert self.process.poll() is None, (self.home / "log").read_text()[-2000:]
 
     def kill(self) -> None:
         """kill -9."""
@@ -154,7 +158,7 @@ def _file(path: str, data: bytes) -> ArtefactFile:
 class FakeDevice:
     """A device on the real broker that obeys (`behaviour` decides how an update ends: ok, fail, silent)."""
 
-    def __init__(self, control: ControlProcess, device_id: str, behaviour: str = "ok") -> None:
+    def __init__(self, control: ControlProcess, device_id: str, behaviour: str = "ok", *, admin: str = "admin") -> None:
         self.device_id, self.behaviour = device_id, behaviour
         self.received: list[tuple[str, bytes]] = []
         self.desired: Desired | None = None
@@ -163,18 +167,19 @@ class FakeDevice:
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "whatever")])
         csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
-        token = control.ok("POST", "/enrolments", {"device_id": device_id})["enrolment_token"]
+        token = control.ok("POST", "/enrolments", {"device_id": device_id}, token=admin)["enrolment_token"]
         body = {"enrolment_token": token, "csr_pem": csr.public_bytes(Encoding.PEM).decode()}
         self.identity = control.ok("POST", "/enrol", body, token=None)
-        folder = control.home / "devices" / device_id
+        self.tenant = str(self.identity["tenant"])
+        folder = control.home / "devices" / self.tenant / device_id
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         (folder / "pem").write_text(self.identity["certificate_pem"])
-        context = ssl.create_default_context(cadata=self.identity["ca_pem"])
-        context.load_cert_chain(folder / "pem", folder / "key")
-        user = f"default.{device_id}"
-        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, user, protocol=mqtt.MQTTv5)
-        self.client.tls_set_context(context)
+        self.tls = ssl.create_default_context(cadata=self.identity["ca_pem"])
+        self.tls.load_cert_chain(folder / "pem", folder / "key")
+        client_id = self.identity["mqtt"]["client_id"]
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5)
+        self.client.tls_set_context(self.tls)
         self.client.reconnect_delay_set(1, 1)
         self.client.on_connect = self._on_connect
         self.client.on_message = self._on_message
@@ -186,6 +191,11 @@ class FakeDevice:
         self.client.loop_start()
         assert self.is_connected.wait(WAIT_S)
 
+    def call(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        """One request through the devices' door, with the certificate."""
+        url = f"{self.identity['control_url']}/api/v1{path}"
+        return httpx.request(method, url, json=body, verify=self.tls, timeout=20)
+
     def close(self) -> None:
         """Go away."""
         self.client.disconnect()
@@ -193,7 +203,7 @@ class FakeDevice:
 
     def topic(self, leaf: str) -> str:
         """One of its own topics."""
-        return topics.device("default", self.device_id, leaf)
+        return topics.device(self.tenant, self.device_id, leaf)
 
     def report(self) -> None:
         """Publish what it is."""
@@ -205,7 +215,7 @@ class FakeDevice:
         self.client.publish(self.topic("reported"), reported.to_bytes(), qos=1, retain=True)
 
     def _on_connect(self, client: mqtt.Client, *_: Any) -> None:
-        for filter_ in (self.topic("desired"), self.topic("chunk"), self.topic("cmd/+"), topics.shared("default")):
+        for filter_ in (self.topic("desired"), self.topic("chunk"), self.topic("cmd/+"), topics.shared(self.tenant)):
             client.subscribe(filter_, qos=1)
         client.publish(self.topic("status"), Status(online=True, boot_epoch=1).to_bytes(), qos=1, retain=True)
         self.report()

@@ -44,7 +44,7 @@ class SimulatedDevice:
     def __init__(self, url: str, admin: str, device_id: str, folder: Path, *, hold: bool = False) -> None:
         self._hardware = Hardware(profile="simulated", targets=["cpu-x86"], architecture="x86_64")
         self._enrolment = _enrol(url, admin, device_id, self._hardware, folder)
-        self._user = topics.mqtt_user(self._enrolment["tenant"], device_id)
+        client_id = self._enrolment["mqtt"]["client_id"]
         self._device_id = device_id
         self._may_finish = threading.Event()
         self._wish: Desired | None = None
@@ -52,7 +52,7 @@ class SimulatedDevice:
         self._is_stopping = False
         if not hold:
             self._may_finish.set()
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, self._user, protocol=mqtt.MQTTv5)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv5)
         context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
         context.load_cert_chain(str(folder / "device.pem"), str(folder / "device.key"))
         self._client.tls_set_context(context)

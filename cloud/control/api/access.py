@@ -7,9 +7,22 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from cloud.control.api.base import Admin, Body, Cursor, Gateway, Limit, Operator, Plane, Viewer, page
-from cloud.control.identity import ENROLMENT_S, Role
-from wire.errors import InvalidInputError
+from cloud.control.api.base import (
+    Admin,
+    Body,
+    Cursor,
+    Device,
+    Gateway,
+    Limit,
+    Operator,
+    Plane,
+    Viewer,
+    address_of,
+    page,
+)
+from cloud.control.certificates import Holder
+from cloud.control.identity import ENROLMENT_S, Principal, Role
+from wire.errors import InvalidInputError, NotAuthenticatedError
 from wire.messages import Hardware, Name
 
 router = APIRouter()
@@ -29,6 +42,12 @@ class EnrolRequest(Body):
     enrolment_token: Annotated[str, Field(min_length=1, max_length=200)]
     csr_pem: Annotated[str, Field(min_length=1, max_length=16 * 1024)]
     hardware: Hardware | None = None
+
+
+class RenewalRequest(Body):
+    """A device's request for its next certificate."""
+
+    csr_pem: Annotated[str, Field(min_length=1, max_length=16 * 1024)]
 
 
 class TokenOrder(Body):
@@ -58,7 +77,7 @@ def create_enrolment(order: EnrolmentOrder, request: Request, plane: Plane, by: 
     row, secret = plane.identity.create_enrolment(
         by, device_id=order.device_id, tenant=order.tenant, expires_s=order.expires_s
     )
-    url = str(request.base_url).rstrip("/")
+    url = plane.device_url or str(request.base_url).rstrip("/")
     return {
         "enrolment_token": secret,
         "device_id": row.device_id,
@@ -68,22 +87,52 @@ def create_enrolment(order: EnrolmentOrder, request: Request, plane: Plane, by: 
     }
 
 
+@router.get("/authority")
+def authority(plane: Plane) -> dict[str, str]:
+    """The certificate authority that devices trust; an enrolment token carries its fingerprint."""
+    return {"ca_pem": plane.authority.ca_pem, "fingerprint": plane.authority.fingerprint}
+
+
 @router.post("/enrol", status_code=201)
-def enrol(order: EnrolRequest, plane: Plane) -> dict[str, Any]:
+def enrol(order: EnrolRequest, request: Request, plane: Plane) -> dict[str, Any]:
     """Spend an enrolment token: a certificate, a device token, and whom to trust."""
     hardware = order.hardware.model_dump(mode="json", exclude_none=True) if order.hardware else {}
-    device, issued, token = plane.identity.enrol(order.enrolment_token, order.csr_pem, hardware)
+    address = address_of(request)
+    plane.guesses.check(address, order.enrolment_token)
+    try:
+        device, issued, token = plane.identity.enrol(order.enrolment_token, order.csr_pem, hardware)
+    except NotAuthenticatedError:
+        plane.guesses.note_wrong(address, order.enrolment_token)
+        raise
     plane.refresh_access()
     return {
         "tenant": device.tenant,
         "device_id": device.device_id,
         "certificate_pem": issued.certificate_pem,
         "ca_pem": plane.authority.ca_pem,
-        "mqtt": {"host": plane.mqtt_host, "port": plane.mqtt_port},
+        "control_url": plane.device_url,
+        "mqtt": {
+            "host": plane.mqtt_host,
+            "port": plane.mqtt_port,
+            "client_id": plane.client_id(device.tenant, device.device_id),
+        },
         "gateway_url": plane.settings.gateway_url,
         "device_token": token,
         "trust": {"publishers": plane.identity.publishers(device.tenant).to_dict(), "control": plane.control_keys()},
     }
+
+
+@router.post("/device/certificate", status_code=201)
+def renew_certificate(order: RenewalRequest, plane: Plane, by: Device) -> dict[str, str]:
+    """The device's next certificate. The one it shows stays good until it confirms."""
+    issued = plane.renew_certificate(_holder(by), order.csr_pem)
+    return {"certificate_pem": issued.certificate_pem, "expires_at": issued.expires_at.isoformat()}
+
+
+@router.post("/device/certificate/confirm", status_code=204)
+def confirm_certificate(plane: Plane, by: Device) -> None:
+    """The device shows its new certificate: every other of its is revoked."""
+    plane.confirm_certificate(_holder(by))
 
 
 @router.get("/device/trust")
@@ -149,3 +198,7 @@ def list_publisher_keys(plane: Plane, by: Viewer) -> dict[str, Any]:
         for row in plane.identity.list_publisher_keys(by.tenant)
     ]
     return {"items": items, "next": None}
+
+
+def _holder(by: Principal) -> Holder:
+    return Holder(by.tenant, by.device_id or "", by.token_id.removeprefix("certificate:"))

@@ -1,4 +1,4 @@
-"""What all routers share: who asks, errors as RFC 9457 problem details, size limits, pages of a listing."""
+"""What all routers share: who asks, errors as RFC 9457 problem details, pages of a listing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloud.control.identity import Principal, Role
 from cloud.control.plane import ControlPlane
-from wire.errors import ForeshoreError, InvalidInputError, NotAuthenticatedError, TooLargeError
+from wire.errors import ForeshoreError, InvalidInputError, NotAllowedError, NotAuthenticatedError
 
-MAX_BODY_BYTES = 2 << 20
 MAX_PAGE = 500
 PREFIX = "/api/v1"
+DOOR, PEER = "door", "peer"  # keys of scope["state"], set by `listeners` on connections through the devices' door
 
 
 class Body(BaseModel):
@@ -34,11 +33,37 @@ def plane_of(request: Request) -> ControlPlane:
 
 
 def principal_of(request: Request) -> Principal:
-    """Who sent this request; `NotAuthenticatedError` otherwise."""
+    """Who sent this request; `NotAuthenticatedError` otherwise. Through the devices' door only a certificate counts."""
+    state = request.scope.get("state", {})
+    if state.get(DOOR) == "device":
+        if state[PEER] is None:
+            raise NotAuthenticatedError("no certificate was shown", remedy="connect with the device's certificate")
+        return plane_of(request).identity.get_device(state[PEER])
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not secret.strip():
         raise NotAuthenticatedError("no token was given", remedy="send Authorization: Bearer TOKEN")
-    return plane_of(request).identity.get_principal(secret.strip())
+    principal = principal_of_token(request, secret.strip())
+    if principal.role is Role.DEVICE:
+        raise NotAllowedError("a device shows its certificate here", remedy="use the devices' port")
+    return principal
+
+
+def principal_of_token(request: Request, secret: str) -> Principal:
+    """Whose token this is; whoever tries too many wrong ones has to wait (`OverloadedError`)."""
+    plane, address = plane_of(request), address_of(request)
+    plane.guesses.check(address, secret)
+    try:
+        principal = plane.identity.get_principal(secret)
+    except NotAuthenticatedError:
+        plane.guesses.note_wrong(address, secret)
+        raise
+    plane.guesses.note_right(secret)
+    return principal
+
+
+def address_of(request: Request) -> str:
+    """The address a request came from."""
+    return request.client.host if request.client else ""
 
 
 def needs(*roles: Role) -> Callable[[Request], Principal]:
@@ -101,6 +126,8 @@ def install_errors(app: FastAPI) -> None:
 
     def http(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, ForeshoreError):  # of the shield, met while the framework read the body
+            return problem(error.__cause__)
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_input")
         body = {"type": "about:blank", "title": str(error.detail), "status": error.status_code,
                 "detail": str(error.detail), "code": code, "remedy": "see /api/docs"}  # fmt: skip
@@ -109,32 +136,3 @@ def install_errors(app: FastAPI) -> None:
     app.add_exception_handler(ForeshoreError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-
-
-class BodyLimit:
-    """ASGI middleware: a body over the limit is refused before anything parses it. Blobs have their own limit."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count what arrives."""
-        if scope["type"] != "http" or scope["path"].startswith(f"{PREFIX}/blobs/"):
-            await self._app(scope, receive, send)
-            return
-        length = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-        error = TooLargeError("the body is too large", remedy=f"at most {MAX_BODY_BYTES} bytes")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            await problem(error)(scope, receive, send)
-            return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise error
-            return message
-
-        await self._app(scope, counted, send)

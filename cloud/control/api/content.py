@@ -1,4 +1,8 @@
-"""Blobs, chunks, manifests, releases and models: immutable content by its digest, and the catalogue above it."""
+"""Blobs, chunks, manifests, releases and models: immutable content by its digest, and the catalogue above it.
+
+Content is stored once for all tenants, but a tenant reads only what is its own: what it uploaded (which proves that it
+has the bytes) and what its publications and releases name. Of anything else it is told that it does not exist.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,13 @@ from cloud.control.plane import ControlPlane
 from model_registry import catalogue
 from model_registry.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from model_registry.tables import ReleaseRow
-from wire.errors import InvalidInputError, NotAllowedError, NotFoundError
+from wire.errors import InvalidInputError, NotFoundError
 
 router = APIRouter()
 
 MAX_UPLOAD_BYTES = 64 << 30
 OCTETS = "application/octet-stream"
+UPLOADED = "upload"  # owner of the references that say whose a blob is before anything names it
 IMMUTABLE = {"cache-control": "private, max-age=31536000, immutable"}
 
 Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
@@ -45,7 +50,14 @@ async def put_blob(digest: Digest, request: Request, plane: Plane, by: Uploader)
         while (piece := anyio.from_thread.run(following)) is not None:
             yield piece
 
-    size = await run_in_threadpool(plane.blobs.put_stream, digest, arriving(), max_bytes=MAX_UPLOAD_BYTES)
+    def store() -> int:
+        size = plane.blobs.put_stream(digest, arriving(), max_bytes=MAX_UPLOAD_BYTES)
+        if by.role is not Role.WORKER:  # what a worker uploads is named by the job that it completes
+            with plane.database.write() as session:
+                catalogue.add_references(session, by.tenant, UPLOADED, [digest])
+        return size
+
+    size = await run_in_threadpool(store)
     return {"digest": digest, "size_bytes": size}
 
 
@@ -157,11 +169,11 @@ def _gates(plane: ControlPlane, digest: str) -> list[dict[str, Any]]:
 
 
 def _check_readable(plane: ControlPlane, by: Principal, digest: str) -> None:
-    if by.role is not Role.DEVICE:
+    if by.role is Role.WORKER:
         return
     with plane.database.read() as session:
         if not catalogue.is_referenced(session, digest, tenant=by.tenant):
-            raise NotAllowedError("no release of this device's tenant names this blob", remedy="ask for another")
+            raise NotFoundError(f"blob {digest[:12]} is not stored", remedy="upload it first")
 
 
 def _serve(

@@ -51,6 +51,19 @@ def upgrade() -> None:
         batch_op.create_index("ix_decisions_subject", ["tenant", "subject"], unique=False)
 
     op.create_table(
+        "device_certificates",
+        sa.Column("serial", sa.String(length=64), nullable=False),
+        sa.Column("tenant", sa.String(length=64), nullable=False),
+        sa.Column("device_id", sa.String(length=64), nullable=False),
+        sa.Column("issued_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("revoked_at", sa.DateTime(timezone=True), nullable=True),
+        sa.PrimaryKeyConstraint("serial", name=op.f("pk_device_certificates")),
+    )
+    with op.batch_alter_table("device_certificates", schema=None) as batch_op:
+        batch_op.create_index("ix_device_certificates_device", ["tenant", "device_id"], unique=False)
+
+    op.create_table(
         "device_events",
         sa.Column("tenant", sa.String(length=64), nullable=False),
         sa.Column("device_id", sa.String(length=64), nullable=False),

@@ -1,4 +1,4 @@
-"""The ports of one `foreshore up`: free ones at the first start, the same ones ever after.
+"""The ports of one home folder: free ones at the first start, the same ones ever after.
 
 Devices remember the broker's and the gateway's address from their enrolment, so a restart must not move them.
 """
@@ -33,7 +33,7 @@ class Ports:
         if not _is_free(self._host, port):
             raise ConflictError(
                 f"port {port} of {name} is in use",
-                remedy=f"is another `foreshore up` running on this home? else remove {self._path} and enrol again",
+                remedy=f"is another process running on this home? else remove {self._path} and enrol devices again",
             )
         return port
 

@@ -1,0 +1,72 @@
+"""One of everything for a tenant, through the API: device, group, model, release, job, rollout, decision, token, audit.
+
+Names and contents carry the tenant's marker, so that a test sees at once when another tenant gets hold of them.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from model_registry.manifest import parse_release, sha256
+from model_registry.trust import encode_public_key, sign_release
+from tests.fakes.control import CHUNK_BYTES, make_manifest
+from tests.fakes.control_app import ControlApp
+
+
+def seed(control: ControlApp, tenant: str) -> dict[str, str]:
+    """Fill the tenant; path parameters of the API by name, each with something that exists, besides other ids."""
+    api = Seed(control, tenant)
+    mark = f"mark-{tenant}"
+    device = control.enrol(f"{mark}-device", tenant)
+    api.ok("admin", "POST", "/groups", {"name": f"{mark}-group", "device_ids": [f"{mark}-device"]})
+    release, publication, job, manifest, chunk = api.publish(f"{mark}-model", f"weights of {mark} ".encode() * 9000)
+    order = {"release": release, "group": f"{mark}-group", "waves": [{"count": 1}], "start": False}
+    rollout = api.ok("operator", "POST", "/rollouts", order)["rollout_id"]
+    token = api.ok("admin", "POST", "/tokens", {"name": f"{mark}-token", "role": "viewer"})["token_id"]
+    return {
+        "device_id": f"{mark}-device", "serial": device["serial"], "device_token": device["token"],
+        "name": f"{mark}-model", "group": f"{mark}-group", "release": release, "publication_id": publication,
+        "job_id": job, "digest": chunk, "manifest": manifest, "rollout_id": rollout, "token_id": token, "order": "halt",
+    }  # fmt: skip
+
+
+class Seed:
+    """The API as this tenant's people, and as the platform's worker."""
+
+    def __init__(self, control: ControlApp, tenant: str) -> None:
+        self._control, self._tenant = control, tenant
+
+    def ok(self, role: str, method: str, path: str, body: Any = None, content: bytes | None = None) -> Any:
+        """One request that must succeed; its JSON."""
+        tenant = "default" if role == "worker" else self._tenant
+        client = self._control.client(role, tenant)
+        answer = client.request(method, f"/api/v1{path}", json=body, content=content)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    def publish(self, name: str, payload: bytes) -> tuple[str, str, str, str, str]:
+        """A released one-file model: digests and ids of release, publication, job, manifest and first chunk."""
+        publisher = Ed25519PrivateKey.generate()
+        key = encode_public_key(publisher.public_key())
+        self.ok("admin", "POST", "/publisher-keys", {"public_key": key, "name": name})
+        source = b"source of " + payload[:100]
+        self.ok("publisher", "PUT", f"/blobs/{sha256(source)}", content=source)
+        files = [{"path": "m.onnx", "digest": sha256(source), "size_bytes": len(source)}]
+        body = {"name": name, "targets": ["cpu-x86"], "source": {"format": "onnx", "files": files}}
+        publication = self.ok("publisher", "POST", "/publications", body)["publication_id"]
+        lease = self.ok("worker", "POST", "/jobs/lease", {"worker_id": "seed"})
+        manifest = make_manifest(name, payload, lease["spec"]["source"]["digest"])
+        chunks = [payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES)]
+        for data in [*chunks, manifest.to_bytes()]:
+            self.ok("worker", "PUT", f"/blobs/{sha256(data)}", content=data)
+        done = {"lease_id": lease["lease_id"], "manifest": manifest.digest}
+        self.ok("worker", "POST", f"/jobs/{lease['job_id']}/complete", done)
+        self._control.plane.publications.tick()
+        proposed = self.ok("publisher", "GET", f"/publications/{publication}")["release"]
+        release = parse_release(base64.b64decode(proposed))
+        envelope = base64.b64encode(sign_release(release, publisher)).decode()
+        self.ok("publisher", "POST", f"/publications/{publication}/sign", {"envelope": envelope})
+        return release.digest, publication, str(lease["job_id"]), manifest.digest, sha256(chunks[0])
