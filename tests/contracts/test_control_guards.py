@@ -58,6 +58,7 @@ MAY_CALL: dict[str, tuple[str, ...]] = {
     "GET /api/v1/devices": (VIEWER,),
     "GET /api/v1/devices/{device_id}": (VIEWER,),
     "DELETE /api/v1/devices/{device_id}": (OPERATOR,),
+    "PUT /api/v1/devices/{device_id}/labels": (OPERATOR,),
     "GET /api/v1/groups": (VIEWER,),
     "POST /api/v1/groups": (OPERATOR,),
     "PUT /api/v1/groups/{name}": (OPERATOR,),
@@ -71,6 +72,13 @@ MAY_CALL: dict[str, tuple[str, ...]] = {
     "GET /api/v1/decisions/{decision_id}": (VIEWER,),
     "GET /api/v1/audit": (ADMIN,),
     "GET /api/v1/audit/verify": (ADMIN,),
+    "GET /api/v1/audit/export": (ADMIN,),
+    "GET /api/v1/webhooks": (ADMIN,),
+    "POST /api/v1/webhooks": (ADMIN,),
+    "DELETE /api/v1/webhooks/{webhook_id}": (ADMIN,),
+    "POST /api/v1/webhooks/{webhook_id}/ping": (ADMIN,),
+    "GET /api/v1/webhooks/{webhook_id}/deliveries": (ADMIN,),
+    "POST /api/v1/webhook-deliveries/{delivery_id}/resend": (ADMIN,),
     "GET /api/v1/events": (VIEWER,),
 }
 """The lowest rung of the ladder that may, and the roles off the ladder that may besides."""

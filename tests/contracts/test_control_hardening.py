@@ -26,6 +26,7 @@ from cloud.control.api.base import install_errors
 from cloud.control.api.shield import MAX_BODY_BYTES, Shield
 from cloud.control.cli import app as cloud_command
 from cloud.control.listeners import MAX_HEADER_BYTES, Door
+from cloud.gateway.cli import app as gateway_command
 from edge_agent.cli import app as agent_command
 from tests.fakes.control import ControlProcess, FakeDevice, wait_until
 from wire.errors import InvalidInputError
@@ -209,6 +210,13 @@ def test_people_are_not_served_in_the_open(tmp_path: Path, options: list[str], c
     assert isinstance(result.exception, InvalidInputError)
     assert complaint in str(result.exception)
     assert not (tmp_path / "home").exists()
+
+
+def test_applications_are_not_served_in_the_open(tmp_path: Path) -> None:
+    options = ["--worker", "w=both@127.0.0.1:1", "--model-name", "m", "--tokenizer", str(tmp_path), "--host", "0.0.0.0"]
+    result = CliRunner().invoke(gateway_command, options)
+    assert isinstance(result.exception, InvalidInputError)
+    assert "without TLS" in str(result.exception)
 
 
 def test_the_agents_local_api_stays_on_its_machine(tmp_path: Path) -> None:

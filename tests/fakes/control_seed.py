@@ -26,10 +26,14 @@ def seed(control: ControlApp, tenant: str) -> dict[str, str]:
     order = {"release": release, "group": f"{mark}-group", "waves": [{"count": 1}], "start": False}
     rollout = api.ok("operator", "POST", "/rollouts", order)["rollout_id"]
     token = api.ok("admin", "POST", "/tokens", {"name": f"{mark}-token", "role": "viewer"})["token_id"]
+    hook = {"url": f"http://127.0.0.1:9/{mark}", "actions": ["nothing.ever"]}
+    webhook = api.ok("admin", "POST", "/webhooks", hook)["webhook_id"]
+    delivery = api.ok("admin", "POST", f"/webhooks/{webhook}/ping")["delivery_id"]
     return {
         "device_id": f"{mark}-device", "serial": device["serial"], "device_token": device["token"],
         "name": f"{mark}-model", "group": f"{mark}-group", "release": release, "publication_id": publication,
         "job_id": job, "digest": chunk, "manifest": manifest, "rollout_id": rollout, "token_id": token, "order": "halt",
+        "webhook_id": webhook, "delivery_id": delivery,
     }  # fmt: skip
 
 
