@@ -9,7 +9,6 @@ known to this API by its certificate; its token is good for the gateway only. Ev
 from __future__ import annotations
 
 import hashlib
-import hmac
 import secrets
 import uuid
 from dataclasses import dataclass
@@ -297,11 +296,6 @@ class Identity:
         device.boot_epoch = 0
         store_facts(session, device, set())
         return device
-
-
-def csrf_token(secret: str) -> str:
-    """The token that a page's forms must carry: bound to the session's API token, useless without its cookie."""
-    return hmac.new(secret.encode(), b"foreshore csrf 1", hashlib.sha256).hexdigest()[:40]
 
 
 def new_id(kind: str) -> str:
