@@ -18,10 +18,20 @@ webhooks_app = add_group(
     app, "webhooks", "Addresses that are told of changes. Example: foreshore webhooks create URL --action 'rollout.*'"
 )
 
+
+def _details(entry: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in entry["details"].items())
+
+
 _ENTRIES = table(
-    ("entry", field("sequence")), ("when", lambda row: row["at"][:19]), ("who", field("actor")), ("did", field("action")),
-    ("to", field("subject")), ("details", lambda row: ", ".join(f"{name}={value}" for name, value in row["details"].items())), empty="nothing was changed yet",
-)  # fmt: skip
+    ("entry", field("sequence")),
+    ("when", lambda row: row["at"][:19]),
+    ("who", field("actor")),
+    ("did", field("action")),
+    ("to", field("subject")),
+    ("details", _details),
+    empty="nothing was changed yet",
+)
 
 
 @command(audit_app, "list", _ENTRIES)
