@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cloud.cli import app
 from cloud.control.audit_chain import check_export
+from edge_agent.credentials import FileKeys
 from tests.fakes.control import ControlProcess, FakeDevice, wait_until
 
 CHANGES_NOTHING = {
@@ -60,6 +61,10 @@ def test_every_route_that_changes_something_leaves_an_entry(control: ControlProc
     recorder.used |= {("POST", "/api/v1/enrolments"), ("POST", "/api/v1/enrol")}
     device.connect()
     wait_until(lambda: control.ok("GET", "/devices/dock-1")["reported"], "the device reports")
+    keys = FileKeys()
+    assert device.call("POST", "/device/certificate", {"csr_pem": keys.request(keys.create())}).is_success
+    assert device.call("POST", "/device/certificate/confirm", {}).is_success
+    recorder.used |= {("POST", "/api/v1/device/certificate"), ("POST", "/api/v1/device/certificate/confirm")}
     release = control.publish("audited", os.urandom(500), "1.0")
     for route in ("publisher-keys", "publications", "publications/{publication_id}/sign", "jobs/{job_id}/complete"):
         recorder.used.add(("POST", f"/api/v1/{route}"))
@@ -86,7 +91,8 @@ def test_every_route_that_changes_something_leaves_an_entry(control: ControlProc
     by_machine = {("rollout.running", "rollout-engine"), ("rollout.succeeded", "rollout-engine"),
                   ("device.wish", "rollout-engine")}  # fmt: skip
     by_person = {("enrolment.create", "admin"), ("publication.create", "admin"), ("release.sign", "admin")}
-    assert by_machine | by_person <= set(actions)
+    by_device = {("certificate.renew", "device:dock-1"), ("certificate.confirm", "device:dock-1")}
+    assert by_machine | by_person | by_device <= set(actions)
     routes = {
         (method.upper(), path)
         for path, methods in httpx.get(f"{control.url}/api/openapi.json").json()["paths"].items()
