@@ -190,7 +190,7 @@ def test_dying_with_the_new_model_loaded_gives_up_after_three_times() -> None:
     assert state.result is Result.ROLLED_BACK
     assert state.reason is not None
     assert state.reason.startswith("crash_loop")
-    assert Restore(state.committed) in actions
+    assert any(isinstance(action, Restore) and action.slot == state.committed for action in actions)
 
 
 def test_a_committed_model_that_never_gets_healthy_gives_way_to_the_previous() -> None:
