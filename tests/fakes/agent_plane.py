@@ -147,6 +147,11 @@ class Plane:
         )
         return self._released(manifest, version)
 
+    def forget_content(self) -> None:
+        """Drop what was published so far: a long run would fill the memory."""
+        for held in (self.chunks, self.manifests):
+            held.clear()
+
     def publish_language(self, folder: Path, version: str, golden: bytes) -> DesiredModel:
         """Make a release of an onnxruntime-genai folder, named `chat`."""
         contents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
@@ -264,7 +269,9 @@ class Plane:
             threading.Thread(target=self._serve, args=(need,), daemon=True).start()
 
     def _serve(self, need: Need) -> None:
-        manifest = self.manifests[need.manifest]
+        manifest = self.manifests.get(need.manifest)
+        if manifest is None:
+            return
         if need.manifest_wanted:
             self._send_manifest(manifest)
         wanted = {index for first, count in need.missing for index in range(first, first + count)}
@@ -319,9 +326,10 @@ def _handler(plane: Plane) -> type[BaseHTTPRequestHandler]:
 class AgentProcess:
     """A real agent, started and killed as processes are."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, port_file: Path | None = None, log: Path | None = None) -> None:
         self.home = home
-        self.port_file = home.parent / "agent.port"
+        self.port_file = port_file or home.parent / "agent.port"
+        self.log = log or home.parent / "agent.log"
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -331,13 +339,13 @@ class AgentProcess:
 
     def start(self, timeout_s: float = 40) -> None:
         self.launch()
-        assert self.await_port(timeout_s), (self.home.parent / "agent.log").read_text()[-3000:]
+        assert self.await_port(timeout_s), self.log.read_text()[-3000:]
 
     def launch(self, environment: Mapping[str, str] | None = None) -> None:
         """Start the process and do not wait for it."""
         self.port_file.unlink(missing_ok=True)
         command = ["run", "--home", str(self.home), "--port-file", str(self.port_file), "--die-with-parent"]
-        with (self.home.parent / "agent.log").open("ab") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edge_agent.cli", *command],
                 stdout=log,

@@ -35,7 +35,7 @@ healthy_after_s: 0.2
 """
 ANSWER_S = 30.0
 UPDATE_S = 60.0
-LIFE_S = 4.0  # of a process that is killed from outside
+LIFE_S = 2.5  # of a process that is killed from outside
 LONG_LIFE_S = 30.0  # of one whose plan never comes about
 MEAN_CALLS = 60
 PADDING_BYTES = 300_000
@@ -224,7 +224,7 @@ class CrashRun:
         whole = {}
         for folder in (store / "artefacts").iterdir():
             if (folder / "manifest.json").exists():
-                whole[folder.name] = _is_whole(folder)
+                whole[folder.name] = is_whole(folder)
                 if not whole[folder.name]:
                     self.figures.wrong_digests += 1
                     self._find(f"plan {plan}: artefact {folder.name[:12]} claims to be whole")
@@ -270,7 +270,8 @@ class CrashRun:
         )
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether every file of an artefact is what its manifest says."""
     manifest: Manifest = parse_manifest((folder / "manifest.json").read_bytes(), expected_digest=folder.name)
     return all(
         (folder / "files" / file.path).is_file() and sha256((folder / "files" / file.path).read_bytes()) == file.digest
