@@ -130,10 +130,10 @@ def bad_models(seed: int) -> list[Callable[[int], Bad]]:
 
     def abort(number: int) -> Bad:
         def tail(nodes: list[Any], constants: list[Any]) -> None:
-            """An integer division by zero: the processor stops the process while constants are folded."""
-            constants.append(numpy_helper.from_array(np.int32([number + 1]), "number"))
-            constants.append(numpy_helper.from_array(np.int32([0]), "zero"))
-            nodes.append(helper.make_node("Div", ["number", "zero"], ["quotient"]))
+            """The least integer divided by -1: the processor stops the process while constants are folded."""
+            constants.append(numpy_helper.from_array(np.int32([-(2**31)]), "least"))
+            constants.append(numpy_helper.from_array(np.int32([-1]), "minus"))
+            nodes.append(helper.make_node("Div", ["least", "minus"], ["quotient"]))
             nodes.append(helper.make_node("Cast", ["quotient"], ["scale"], to=TensorProto.FLOAT))
             nodes.append(helper.make_node("Mul", ["h", "scale"], ["y"]))
 
