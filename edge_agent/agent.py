@@ -64,6 +64,7 @@ class Agent:
         self.updates: dict[str, Update] = {}
         self.local_url: str | None = None
         self.error: str | None = None
+        self._generation = 0
         self._troubles: dict[str, str] = {}
         self._fetches: dict[str, Fetch] = {}
         self._pages: dict[str, asyncio.Queue[bytes]] = {}
@@ -127,7 +128,7 @@ class Agent:
     def report(self) -> Reported:
         """The document for the control plane and for `GET /status`."""
         return Reported(
-            generation=self.desired.generation if self.desired else 0,
+            generation=self._followed_generation(),
             agent_version=AGENT_VERSION,
             boot_epoch=self.boot_epoch,
             reported_at=datetime.now(UTC),
@@ -336,6 +337,15 @@ class Agent:
             self.outbox.add(
                 "update", {"model": name, "phase": state.phase, "result": state.result, "reason": state.reason}
             )
+
+    def _followed_generation(self) -> int:
+        """The last generation that every update has taken up: a report never pairs a new wish with an old result."""
+        if self.desired is not None:
+            wanted = {model.name: wanted_from(model).identity for model in self.desired.models}
+            taken = {n: u.state.wanted.identity for n, u in self.updates.items() if u.state.wanted is not None}
+            if wanted == taken:
+                self._generation = self.desired.generation
+        return self._generation
 
     def _troubled(self, name: str, trouble: str | None) -> None:
         if trouble is None:
