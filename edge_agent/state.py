@@ -23,7 +23,10 @@ from wire.messages import DesiredModel, Phase, Result
 from wire.window import Window
 
 MAX_CRASHES = 3
-"""Process deaths while the candidate was loaded, or unhealthy starts of the committed model, before it is given up."""
+"""Process deaths while the candidate was loaded, or unhealthy starts of the committed model, before it is given up.
+
+A committed model with nothing before it is not given up for that: power cuts look the same. It is loaded with care.
+"""
 
 MAX_REFETCHES = 1
 """Times that a download which does not hash right is fetched again: a cut may have damaged it, a liar stays one."""
@@ -363,7 +366,7 @@ def _fail(state: SlotState, code: str, sentence: str) -> tuple[SlotState, tuple[
 def _restart(state: SlotState) -> tuple[SlotState, tuple[Action, ...]]:
     if state.runnable is not None:
         state = replace(state, unhealthy_starts=state.unhealthy_starts + 1)
-        if state.unhealthy_starts > MAX_CRASHES and not state.is_working:
+        if state.unhealthy_starts > MAX_CRASHES and state.previous is not None and not state.is_working:
             return _fall_back(state, f"crash_loop: {MAX_CRASHES} starts in a row did not become healthy")
     doubted = state.unhealthy_starts >= MAX_CRASHES
     start: tuple[Action, ...] = (Restore(state.runnable, is_careful=doubted),) if state.runnable else ()

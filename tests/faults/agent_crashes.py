@@ -33,8 +33,8 @@ reconnect_max_s: 0.2
 fetch_stall_s: 1
 healthy_after_s: 0.2
 """
-ANSWER_S = 30.0
-UPDATE_S = 60.0
+ANSWER_S = 120.0
+UPDATE_S = 120.0  # of one undisturbed life
 LIFE_S = 2.5  # of a process that is killed from outside
 LONG_LIFE_S = 30.0  # of one whose plan never comes about
 MEAN_CALLS = 60
@@ -121,6 +121,7 @@ class CrashRun:
         """An undisturbed life: what was begun ends, one more update succeeds, and the process stops by itself."""
         self._agent.launch()
         assert self._agent.await_port(60)
+        self._wished_at = time.monotonic()
         while self._num_wishes and not self._has_ended() and not self._is_stuck():
             time.sleep(0.05)
         before = self.figures.results["succeeded"]
@@ -138,6 +139,7 @@ class CrashRun:
         """One life of the process; ends with its death."""
         before_needs = len(self._plane.needs)
         self._agent.launch(self._disk.environment(plan) if plan else None)
+        self._wished_at = time.monotonic()
         until = time.monotonic() + (LONG_LIFE_S if plan else self._random.uniform(0.2, LIFE_S))
         if self._agent.await_port(60):
             self._answer()

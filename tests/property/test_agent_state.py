@@ -206,6 +206,14 @@ def test_a_committed_model_that_never_gets_healthy_gives_way_to_the_previous() -
     assert state.result is Result.ROLLED_BACK
 
 
+def test_power_cuts_alone_never_take_away_the_only_model() -> None:
+    state = _committed()
+    for number in range(1, 20):
+        state, actions = step(state, Restarted())
+        assert Restore(state.committed, is_careful=number >= MAX_CRASHES) in actions
+        assert not state.suspended
+
+
 def test_removal_stops_work_and_forgets_the_model() -> None:
     state, actions = step(_at(Phase.FETCH), Wish(None))
     assert state.phase is Phase.REMOVED
