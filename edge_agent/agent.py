@@ -8,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import platform
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-import psutil
 
 from edge_agent.config import Home, Identity, Profile
 from edge_agent.credentials import Credentials, KeyStore
 from edge_agent.engines import Admission, Engines
 from edge_agent.fetch import Fetch, HttpSource, Progress, choose_encoding
+from edge_agent.hardware import find_hardware
 from edge_agent.link import Connection, Endpoint, Will
 from edge_agent.outbox import Outbox
 from edge_agent.renewal import Renewal
@@ -34,7 +31,7 @@ from model_registry.trust import key_ring
 from wire import topics
 from wire.errors import ForeshoreError
 from wire.frames import parse_frame
-from wire.messages import Desired, Hardware, Need, Phase, Reported, Status
+from wire.messages import Desired, Need, Reported, Status
 from wire.process import replace_durably
 
 AGENT_VERSION = "0.1.0"
@@ -42,6 +39,7 @@ TICK_S = 0.25
 REPORT_EVERY_S = 1.0
 RESEND_S = 15.0
 MANIFEST_TRIES = 3
+WISH_AGAIN_S = 1.0
 
 
 class Agent:
@@ -66,6 +64,8 @@ class Agent:
         self.updates: dict[str, Update] = {}
         self.local_url: str | None = None
         self.error: str | None = None
+        self._generation = 0
+        self._troubles: dict[str, str] = {}
         self._fetches: dict[str, Fetch] = {}
         self._pages: dict[str, asyncio.Queue[bytes]] = {}
         self._bulk: Connection | None = None
@@ -83,6 +83,7 @@ class Agent:
             content=self,
             desired=lambda: self.desired,
             changed=self._changed,
+            troubled=self._troubled,
             held=self._held,
         )
         self.control: Connection
@@ -127,14 +128,14 @@ class Agent:
     def report(self) -> Reported:
         """The document for the control plane and for `GET /status`."""
         return Reported(
-            generation=self.desired.generation if self.desired else 0,
+            generation=self._followed_generation(),
             agent_version=AGENT_VERSION,
             boot_epoch=self.boot_epoch,
             reported_at=datetime.now(UTC),
-            hardware=hardware(self.profile),
+            hardware=find_hardware(self.profile, self.home.store),
             models=[update.report() for _, update in sorted(self.updates.items())][:32],
             local_api=self.local_url,
-            error=self.error,
+            error=self.error or next(iter(self._troubles.values()), None),
         )
 
     async def release(self, digest: str) -> bytes:
@@ -252,13 +253,23 @@ class Agent:
             return
         self.error = None
         if self.desired is None or desired.generation > last:
-            await asyncio.to_thread(replace_durably, self.home.desired_file, envelope, mode=0o600)
+            try:
+                await asyncio.to_thread(replace_durably, self.home.desired_file, envelope, mode=0o600)
+            except OSError as error:  # not followed before it is kept: a restart would forget how new it was
+                self._troubled("desired", f"disk_failed: the wish cannot be kept: {error}")
+                self._spawn(self._wish_again(envelope), "wish-again")
+                return
+            self._troubled("desired", None)
         self.desired = desired
         names = {model.name: model for model in desired.models}
         for name in sorted(set(names) | set(self.updates)):
             update = self.updates.setdefault(name, Update(name, self._device))
             await update.handle(Wish(wanted_from(names[name]) if name in names else None))
         self._soon()
+
+    async def _wish_again(self, envelope: bytes) -> None:
+        await asyncio.sleep(WISH_AGAIN_S)
+        await self._wish(envelope)
 
     def _receive(self, topic: str, payload: bytes, ack: Callable[[], None]) -> None:
         leaf = topic.rsplit("/", 1)[-1]
@@ -327,6 +338,23 @@ class Agent:
                 "update", {"model": name, "phase": state.phase, "result": state.result, "reason": state.reason}
             )
 
+    def _followed_generation(self) -> int:
+        """The last generation that every update has taken up: a report never pairs a new wish with an old result."""
+        if self.desired is not None:
+            wanted = {model.name: wanted_from(model).identity for model in self.desired.models}
+            taken = {n: u.state.wanted.identity for n, u in self.updates.items() if u.state.wanted is not None}
+            if wanted == taken:
+                self._generation = self.desired.generation
+        return self._generation
+
+    def _troubled(self, name: str, trouble: str | None) -> None:
+        if trouble is None:
+            self._troubles.pop(name, None)
+        elif self._troubles.get(name) != trouble[:2000]:
+            self._troubles[name] = trouble[:2000]
+            self.outbox.add("alarm", {"model": name, "message": trouble})
+        self._dirty = True
+
     def _soon(self) -> None:
         self._dirty = self._urgent = True
 
@@ -354,27 +382,3 @@ class Agent:
 
     def _topic(self, leaf: str) -> str:
         return topics.device(self.identity.tenant, self.identity.device_id, leaf)
-
-
-def hardware(profile: Profile) -> Hardware:
-    """What this machine is, within its profile."""
-    runtimes = {}
-    for package in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai"):
-        with contextlib.suppress(PackageNotFoundError):
-            runtimes[package] = version(package)
-    return Hardware(
-        profile=profile.name,
-        targets=profile.targets,
-        architecture=platform.machine(),
-        memory_bytes=psutil.virtual_memory().total,
-        memory_budget_bytes=profile.memory_budget_bytes,
-        disk_free_bytes=psutil.disk_usage("/").free,
-        accelerator=profile.accelerator,
-        runtimes=runtimes,
-        max_context_tokens=profile.max_context_tokens,
-    )
-
-
-def is_serving(update: Update) -> bool:
-    """Whether a model is committed and answers."""
-    return update.state.phase == Phase.COMMITTED and update.state.runnable is not None

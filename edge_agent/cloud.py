@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
-
-import httpx
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from wire.errors import UnavailableError
+
+if TYPE_CHECKING:
+    import httpx
 
 RETRY_S = 5.0
 CONNECT_TIMEOUT_S = 3.0
@@ -35,12 +37,19 @@ class Cloud:
 
     def __init__(self, gateway_url: str | None, token: str) -> None:
         self.has_gateway = gateway_url is not None
+        self._base_url, self._token = gateway_url or "http://127.0.0.1", token
         self._failed_at = -RETRY_S
         self.seen_at = time.monotonic()
         self.round_trip_s = 0.05
+
+    @cached_property
+    def _client(self) -> httpx.AsyncClient:
+        """Made with the first request."""
+        import httpx
+
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        headers = {"authorization": f"Bearer {token}"}
-        self._client = httpx.AsyncClient(base_url=gateway_url or "http://127.0.0.1", headers=headers, timeout=timeout)
+        headers = {"authorization": f"Bearer {self._token}"}
+        return httpx.AsyncClient(base_url=self._base_url, headers=headers, timeout=timeout)
 
     @property
     def is_reachable(self) -> bool:
@@ -49,6 +58,8 @@ class Cloud:
 
     async def send(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Reply:
         """Forward a request; `UnavailableError` when the gateway does not begin to answer."""
+        import httpx
+
         begun = time.monotonic()
         request = self._client.build_request("POST", path, json=body, headers=headers)
         try:
@@ -62,6 +73,8 @@ class Cloud:
         return Reply(answer.status_code, kept, self._relay(answer))
 
     async def _relay(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        import httpx
+
         try:
             async for part in answer.aiter_bytes():
                 yield part
@@ -73,4 +86,5 @@ class Cloud:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        if "_client" in self.__dict__:
+            await self._client.aclose()

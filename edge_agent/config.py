@@ -6,6 +6,7 @@ Layout of the home folder: `profile.yaml`, `identity.json` and keys (0600), `sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -39,11 +40,12 @@ class Profile(_Config):
     num_threads: Annotated[int, Field(ge=1, le=256)] = 1
     providers: list[str] = Field(default_factory=list)  # most wanted first; the CPU is always last
     accelerator: str | None = None
+    hardware_key: str | None = None  # what engines built for one kind of device must match
     reconnect_max_s: Annotated[float, Field(gt=0, le=300)] = 5.0
     fetch_stall_s: Annotated[float, Field(gt=0, le=300)] = 5.0
     phase_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 3600.0
     probe_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
-    max_slowdown: Annotated[float, Field(gt=1)] = 3.0  # probe: new median latency against old, or refused
+    max_slowdown: Annotated[float, Field(gt=1)] = 2.0  # new median latency against old, or refused
     healthy_after_s: Annotated[float, Field(ge=0, le=600)] = 5.0
     outbox_quota_bytes: Annotated[int, Field(ge=64 * 1024)] = 8 << 20
 
@@ -116,12 +118,13 @@ class Home:
         return _validated(ChipSettings, json.loads(_read(self.chip_file)), self.chip_file)
 
     def count_boot(self) -> int:
-        """Raise and return the start counter."""
+        """Raise and return the start counter; a disk that takes no write does not keep the agent from starting."""
         from wire.process import replace_durably
 
         file = self.path / "boot"
         epoch = int(file.read_text()) + 1 if file.exists() and file.read_text().isdigit() else 1
-        replace_durably(file, str(epoch).encode())
+        with contextlib.suppress(OSError):
+            replace_durably(file, str(epoch).encode())
         return epoch
 
 

@@ -11,6 +11,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import psutil
+
+from edge_agent.conduct import Conduct
 from edge_agent.runtimes.base import LanguageRuntime, TensorRuntime
 from edge_agent.state import Slot
 from model_registry.manifest import Manifest
@@ -24,21 +27,32 @@ class Engine:
     slot: Slot
     manifest: Manifest
     runtime: TensorRuntime | LanguageRuntime
+    measured_bytes: int = 0  # by its trial; 0 when it had none
     latency_ms: float | None = None
     num_users: int = 0
-    num_requests: int = 0
-    num_errors: int = 0
+    conduct: Conduct = field(default_factory=Conduct)
     is_retired: bool = False
 
     @property
     def memory_bytes(self) -> int:
-        """What it counts for in the budget."""
-        return memory_bytes(self.manifest)
+        """What it counts for in the budget: the larger of what was stated and what was measured."""
+        return max(memory_bytes(self.manifest), self.measured_bytes)
 
 
 def memory_bytes(manifest: Manifest) -> int:
     """The stated requirement, or the file size and a quarter when none is stated."""
     return manifest.requires.memory_bytes or manifest.size_bytes * 5 // 4
+
+
+def check_memory(needed_bytes: int, free_bytes: int) -> None:
+    """Raise `InsufficientSpaceError` with both numbers when the first exceeds the second."""
+    if needed_bytes > free_bytes:
+        raise InsufficientSpaceError(
+            f"the model needs {needed_bytes} bytes of memory and {free_bytes} are free",
+            remedy="raise memory_budget_bytes or remove a model",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+        )
 
 
 @dataclass
@@ -103,17 +117,14 @@ class Engines:
         """The engine that answers for `name`."""
         return self._active.get(name)
 
+    def free_bytes(self, *, replacing: str | None = None) -> int:
+        """Memory left for a model, of the budget and of the machine, when the engines of `replacing` go."""
+        leaving = sum(engine.memory_bytes for engine in self._loaded if engine.manifest.name == replacing)
+        return max(0, min(self._budget_bytes - self.used_bytes, psutil.virtual_memory().available) + leaving)
+
     def check_fits(self, manifest: Manifest, *, replacing: str | None = None) -> None:
         """Raise `InsufficientSpaceError` when `manifest` cannot be loaded beside the rest (without `replacing`)."""
-        used = sum(engine.memory_bytes for engine in self._loaded if engine.manifest.name != replacing)
-        needed, free = memory_bytes(manifest), self._budget_bytes - used
-        if needed > free:
-            raise InsufficientSpaceError(
-                f"the model needs {needed} bytes of memory and {free} are free",
-                remedy="raise memory_budget_bytes or remove a model",
-                needed_bytes=needed,
-                free_bytes=free,
-            )
+        check_memory(memory_bytes(manifest), self.free_bytes(replacing=replacing))
 
     def add(self, engine: Engine) -> None:
         """Count a loaded engine."""
@@ -133,12 +144,11 @@ class Engines:
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
-        """Pin the engine of `name` for one request; errors inside count for the soak."""
+        """Pin the engine of `name` for one request; the caller tells its `conduct` how it went."""
         engine = self._active.get(name)
         if engine is None:
             raise NotFoundError(f"model {name!r} is not on this device", remedy=f"here are: {sorted(self._active)}")
         engine.num_users += 1
-        engine.num_requests += 1
         try:
             yield engine
         finally:
@@ -148,4 +158,4 @@ class Engines:
     def _free_if_idle(self, engine: Engine) -> None:
         if engine.is_retired and engine.num_users == 0 and engine in self._loaded:
             self._loaded.remove(engine)
-            engine.runtime.close()
+            asyncio.get_running_loop().run_in_executor(None, engine.runtime.close)  # takes its time

@@ -21,11 +21,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import ValidationError
 
-from edge_agent.agent import hardware
 from edge_agent.config import Home, Identity, Profile
 from edge_agent.credentials import KeyStore, store
+from edge_agent.hardware import find_hardware
 from wire.errors import ConflictError, InvalidInputError, NotAuthenticatedError, UnavailableError
 from wire.exposure import is_loopback
+from wire.messages import Hardware
 from wire.process import replace_durably
 
 TIMEOUT_S = 20.0
@@ -38,7 +39,7 @@ def enrol(home: Home, url: str, token: str, profile: Profile, keys: KeyStore) ->
     home.path.mkdir(parents=True, exist_ok=True, mode=0o700)
     tls = _trusted(url.rstrip("/"), token)
     key = keys.create()
-    answer = _post(url, token, keys.request(key), profile, tls)
+    answer = _post(url, token, keys.request(key), find_hardware(profile, home.path), tls)
     try:
         identity = Identity(
             tenant=answer["tenant"],
@@ -91,8 +92,8 @@ def _trusted(url: str, token: str) -> ssl.SSLContext:
     return ssl.create_default_context(cadata=authority.public_bytes(Encoding.PEM).decode())
 
 
-def _post(url: str, token: str, csr_pem: str, profile: Profile, tls: ssl.SSLContext) -> dict[str, Any]:
-    told = hardware(profile).model_dump(mode="json", exclude_none=True)
+def _post(url: str, token: str, csr_pem: str, hardware: Hardware, tls: ssl.SSLContext) -> dict[str, Any]:
+    told = hardware.model_dump(mode="json", exclude_none=True)
     body = {"enrolment_token": token, "csr_pem": csr_pem, "hardware": told}
     try:
         answer = httpx.post(f"{url.rstrip('/')}/api/v1/enrol", json=body, timeout=TIMEOUT_S, verify=tls)

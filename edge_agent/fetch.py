@@ -12,13 +12,10 @@ import hashlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.config import Identity
 from edge_agent.slots import ChunkIndex, Partial, Store
-from model_registry.encodings import decode_frame
 from model_registry.manifest import MAX_MANIFEST_BYTES, Manifest, ReleaseArtefact
 from model_registry.trust import MAX_SIGNED_RELEASE_BYTES
 from wire.errors import (
@@ -31,6 +28,9 @@ from wire.errors import (
 )
 from wire.frames import parse_frame
 from wire.messages import Need
+
+if TYPE_CHECKING:
+    import httpx
 
 MAX_STALLS = 3
 CREDIT_CHUNKS = 16
@@ -53,11 +53,22 @@ class Progress:
 
 
 class HttpSource:
-    """The control plane over HTTPS with the device's certificate: content by digest, and the few calls it answers."""
+    """The control plane over HTTPS with the device's certificate: content by digest, and the few calls it answers.
+
+    The client is made with the first request: an agent that asks for nothing does without httpx.
+    """
 
     def __init__(self, identity: Identity, tls: ssl.SSLContext) -> None:
         self._url, self._tls = identity.control_url, tls
-        self._client = self._open()
+        self._opened: httpx.AsyncClient | None = None
+
+    @property
+    def _client(self) -> httpx.AsyncClient:
+        import httpx
+
+        if self._opened is None:
+            self._opened = httpx.AsyncClient(base_url=self._url, verify=self._tls, timeout=HTTP_TIMEOUT_S)
+        return self._opened
 
     async def release(self, digest: str) -> bytes:
         """The signed envelope of a release."""
@@ -76,6 +87,8 @@ class HttpSource:
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST below /api/v1; the answer's JSON, empty where there is none."""
+        import httpx
+
         try:
             answer = await self._client.post(f"/api/v1/{path}", json=body)
         except httpx.HTTPError as error:
@@ -92,17 +105,17 @@ class HttpSource:
 
     async def reconnect(self) -> None:
         """Open connections anew, with the certificate in use now."""
-        old, self._client = self._client, self._open()
-        await old.aclose()
+        await self.close()
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
-
-    def _open(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, verify=self._tls, timeout=HTTP_TIMEOUT_S)
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            await opened.aclose()
 
     async def _get(self, path: str, max_bytes: int) -> bytes:
+        import httpx
+
         error: Exception | None = None
         for attempt in range(HTTP_TRIES):
             try:
@@ -213,6 +226,8 @@ class Fetch:
 
     def _place(self, partial: Partial, index: ChunkIndex, payloads: list[bytes]) -> int:
         """Verify frames and store the good ones together; what is foreign, repeated or damaged does not count."""
+        from model_registry.encodings import decode_frame
+
         good: dict[int, bytes] = {}
         for payload in payloads:
             try:

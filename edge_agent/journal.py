@@ -1,12 +1,13 @@
 """An append-only file of states: each record is on disk before `append` returns, the last whole record counts.
 
 A record is length and CRC-32 (both big endian) and JSON. Reading stops at the first record that is short or damaged
-and the file is cut there, so a torn write leaves the state before it. After `MAX_RECORDS` the file is replaced by its
-last record, atomically.
+and the file is cut there, so a torn write leaves the state before it. A write that fails is written over by the next
+one: nothing ever follows a damaged record. After `MAX_RECORDS` the file is replaced by its last record, atomically.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -27,25 +28,33 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.num_records, self.last, whole = _read(path)
-        if path.exists() and path.stat().st_size != whole:
-            with path.open("r+b") as file:
-                file.truncate(whole)
-                os.fsync(file.fileno())
+        self.num_records, self.last, self._whole_bytes = _read(path)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Make `record` the last one; returns once it is durable."""
+        """Make `record` the last one; returns once it is durable. `OSError`: after a restart it may be the last or not.
+
+        What follows the whole records, left by a cut or by a write that failed, is cut off first.
+        """
         encoded = _encode(record)
         if self.num_records >= MAX_RECORDS or not self._path.exists():
             replace_durably(self._path, encoded, mode=0o600)
-            self.num_records = 0
+            self.num_records = self._whole_bytes = 0
         else:
-            with self._path.open("ab") as file:
-                file.write(encoded)
-                file.flush()
+            with self._path.open("r+b", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != self._whole_bytes:
+                    file.truncate(self._whole_bytes)
+                file.seek(self._whole_bytes)
+                _write_all(file, encoded)
                 os.fsync(file.fileno())
+        self._whole_bytes += len(encoded)
         self.num_records += 1
         self.last = record
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _encode(record: dict[str, Any]) -> bytes:

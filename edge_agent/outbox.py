@@ -2,10 +2,14 @@
 
 Over the quota the oldest event of the lowest priority goes first. Delivery is at least once; `event_id` makes it once
 in effect. Events are deleted when the control plane names them as stored.
+
+Telemetry never stands in the way of serving: what the disk does not take is counted as dropped, a file that is damaged
+is set aside, and without any disk the events wait in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import threading
@@ -27,55 +31,100 @@ class Outbox:
     def __init__(self, path: Path, quota_bytes: int) -> None:
         self._quota_bytes = quota_bytes
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, timeout=10, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS events (number INTEGER PRIMARY KEY, event_id TEXT UNIQUE, priority INTEGER,"
-            " size_bytes INTEGER, payload BLOB)"
-        )
         self.num_dropped = 0
+        self._db = _open(path)
+        self._size_bytes = self._sum()
 
     def add(self, kind: Kind, body: dict[str, Any]) -> str | None:
-        """Keep an event; returns its id, or None when it is too large to be sent at all."""
+        """Keep an event; returns its id, or None when it is dropped: too large to be sent, or the disk fails."""
         event = Event(event_id=uuid.uuid4().hex, kind=kind, at=datetime.now(UTC), body=json.loads(json.dumps(body)))
         payload = event.to_bytes()
-        if len(payload) > MAX_MESSAGE_BYTES:
+        if len(payload) > min(MAX_MESSAGE_BYTES, self._quota_bytes):
             self.num_dropped += 1
             return None
         with self._lock:
-            self._db.execute(
-                "INSERT INTO events (event_id, priority, size_bytes, payload) VALUES (?, ?, ?, ?)",
-                (event.event_id, PRIORITY_BY_KIND[kind], len(payload), payload),
-            )
-            self._shrink()
+            try:
+                self._make_room(len(payload), PRIORITY_BY_KIND[kind])
+                if self._size_bytes + len(payload) > self._quota_bytes:  # all that waits matters more
+                    self.num_dropped += 1
+                    return None
+                self._db.execute(
+                    "INSERT INTO events (event_id, priority, size_bytes, payload) VALUES (?, ?, ?, ?)",
+                    (event.event_id, PRIORITY_BY_KIND[kind], len(payload), payload),
+                )
+            except sqlite3.Error:
+                self.num_dropped += 1
+                return None
+            self._size_bytes += len(payload)
         return event.event_id
 
     def oldest(self, limit: int = 50) -> list[tuple[str, bytes]]:
         """Ids and payloads, in the order they happened."""
-        with self._lock:
+        with self._lock, contextlib.suppress(sqlite3.Error):  # the next tick reads again
             rows = self._db.execute("SELECT event_id, payload FROM events ORDER BY number LIMIT ?", (limit,))
             return [(str(name), bytes(payload)) for name, payload in rows]
+        return []
 
     def confirm(self, event_ids: Sequence[str]) -> None:
-        """Forget events that are stored elsewhere; unknown ids do no harm."""
-        with self._lock:
+        """Forget events that are stored elsewhere; unknown ids do no harm, what stays is confirmed again later."""
+        with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.executemany("DELETE FROM events WHERE event_id = ?", [(name,) for name in event_ids])
+            self._size_bytes = self._sum()
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all payloads."""
-        with self._lock:
-            return int(self._db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()[0])
+        return self._size_bytes
 
     def close(self) -> None:
         """Close the database."""
         self._db.close()
 
-    def _shrink(self) -> None:
-        total = int(self._db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()[0])
-        while total > self._quota_bytes:
-            row = self._db.execute("SELECT number, size_bytes FROM events ORDER BY priority, number LIMIT 1").fetchone()
+    def _make_room(self, size_bytes: int, priority: int) -> None:
+        """Drop the oldest of the lowest priority, at most `priority`, until `size_bytes` fit."""
+        while self._size_bytes + size_bytes > self._quota_bytes:
+            row = self._db.execute(
+                "SELECT number, size_bytes FROM events WHERE priority <= ? ORDER BY priority, number LIMIT 1",
+                (priority,),
+            ).fetchone()
+            if row is None:
+                return
             self._db.execute("DELETE FROM events WHERE number = ?", (row[0],))
-            total -= row[1]
+            self._size_bytes -= row[1]
             self.num_dropped += 1
+
+    def _sum(self) -> int:
+        return int(self._db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()[0])
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """The database; a damaged one is set aside as `.damaged`, and memory is used where the disk takes nothing."""
+    try:
+        return _connect(str(path))
+    except sqlite3.OperationalError:  # full, read-only
+        return _connect(":memory:")
+    except sqlite3.DatabaseError:
+        with contextlib.suppress(OSError):
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.replace(path.with_name(f"{path.name}.damaged{suffix}"))
+            return _connect(str(path))
+        return _connect(":memory:")
+
+
+def _connect(name: str) -> sqlite3.Connection:
+    db = sqlite3.connect(name, check_same_thread=False, timeout=10, isolation_level=None)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS events (number INTEGER PRIMARY KEY, event_id TEXT UNIQUE, priority INTEGER,"
+            " size_bytes INTEGER, payload BLOB)"
+        )
+        db.execute("CREATE INDEX IF NOT EXISTS events_by_priority ON events (priority, number)")
+        db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db

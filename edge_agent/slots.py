@@ -3,18 +3,24 @@
     store/partial/{manifest}/files/...   preallocated files; `done` holds a record per chunk that is in place
     store/artefacts/{manifest}/          manifest.json and files/, complete, renamed into place when every digest held
     store/current/{name}                 symbolic link to the artefact that is committed, replaced atomically
+    store/trash/                         what is being deleted: moved here first, so nothing is ever half there
 
-A chunk is written before its record; on opening, every recorded chunk is hashed again, so a torn write is a missing
-chunk and nothing worse. Only whole artefacts run, and only re-hashed chunks serve as bases of deltas.
+Disk for a whole artefact is taken before its first chunk is asked for, so nobody else can take it in between. A chunk
+is written before its record; on opening, every recorded chunk is hashed again, so a torn write is a missing chunk and
+nothing worse. Only whole artefacts run, and only re-hashed chunks serve as bases of deltas.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import struct
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +29,8 @@ from wire.errors import InsufficientSpaceError, IntegrityError, NotFoundError
 from wire.process import replace_durably
 
 _RECORD = struct.Struct(">I")
+_COLLECTED = ("partial", "artefacts", "manifests")
+_BLOCK_BYTES = 4096
 RESERVE_BYTES = 16 << 20
 """Disk that always stays free."""
 
@@ -91,11 +99,18 @@ class Partial:
         self.done.update(index for index, _ in chunks)
 
     def _allocate(self) -> None:
+        """Take the disk for every file, or raise `InsufficientSpaceError`; names and sizes are durable after it."""
+        folders = {self._folder, self._files}
         for entry in self.manifest.files:
             path = self._files / entry.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
+            folders.update(parent for parent in path.parents if parent.is_relative_to(self._files))
+            with path.open("ab") as file, told_as_space(entry.size_bytes, path):
                 file.truncate(entry.size_bytes)
+                if entry.size_bytes:
+                    os.posix_fallocate(file.fileno(), 0, entry.size_bytes)
+        for folder in folders:
+            _sync(folder)
 
     def _trusted(self) -> set[int]:
         """Recorded chunks whose bytes hash right; the log is rewritten to say just that."""
@@ -117,7 +132,7 @@ class Store:
     def __init__(self, folder: Path, disk_budget_bytes: int) -> None:
         self._folder = folder
         self._budget_bytes = disk_budget_bytes
-        for part in ("partial", "artefacts", "current", "manifests"):
+        for part in (*_COLLECTED, "current", "trash"):
             (folder / part).mkdir(parents=True, exist_ok=True)
 
     def files(self, manifest: str) -> Path:
@@ -128,20 +143,20 @@ class Store:
         """Whether the artefact is whole."""
         return (self._folder / "artefacts" / manifest / "manifest.json").exists()
 
+    def manifest_file(self, digest: str) -> Path:
+        """Where the bytes of a manifest lie."""
+        return self._folder / "manifests" / digest
+
     def put_manifest(self, digest: str, data: bytes) -> None:
         """Keep the bytes of a verified manifest."""
-        replace_durably(self._folder / "manifests" / digest, data)
+        replace_durably(self.manifest_file(digest), data)
 
     def find_manifest(self, digest: str) -> Manifest | None:
         """The manifest, if its bytes are here and hash right."""
-        path = self._folder / "manifests" / digest
-        if not path.exists():
-            return None
-        try:
-            return parse_manifest(path.read_bytes(), expected_digest=digest)
-        except IntegrityError:
-            path.unlink()
-            return None
+        for path in (self.manifest_file(digest), self._folder / "artefacts" / digest / "manifest.json"):
+            with contextlib.suppress(FileNotFoundError, IntegrityError):
+                return parse_manifest(path.read_bytes(), expected_digest=digest)
+        return None
 
     def get_manifest(self, digest: str) -> Manifest:
         """The manifest; `NotFoundError` when it is not here."""
@@ -158,16 +173,12 @@ class Store:
         """Raise `InsufficientSpaceError` unless what is missing fits, with a reserve."""
         if self.has(manifest.digest):
             return
-        present = self._folder / "partial" / manifest.digest
-        needed = max(0, manifest.size_bytes - (_used_bytes(present) if present.exists() else 0)) + RESERVE_BYTES
-        free = min(shutil.disk_usage(self._folder).free, self._budget_bytes - _used_bytes(self._folder))
+        present = _used_bytes(self._folder / "partial" / manifest.digest)
+        wanted = max(manifest.requires.disk_bytes, sum(_on_disk(file.size_bytes) for file in manifest.files))
+        needed = max(0, wanted - present) + RESERVE_BYTES
+        free = max(0, min(shutil.disk_usage(self._folder).free, self._budget_bytes - _used_bytes(self._folder)))
         if needed > free:
-            raise InsufficientSpaceError(
-                f"the model needs {needed} bytes of disk and {max(free, 0)} are free",
-                remedy="free disk or raise disk_budget_bytes",
-                needed_bytes=needed,
-                free_bytes=max(free, 0),
-            )
+            raise _no_space(needed, free)
 
     def open_partial(self, manifest: Manifest) -> Partial:
         """The growing artefact, as far as it is there."""
@@ -185,13 +196,14 @@ class Store:
         for entry in manifest.files:
             path = folder / "files" / entry.path
             if not path.is_file() or path.stat().st_size != entry.size_bytes or _hash(path) != entry.digest:
-                shutil.rmtree(folder, ignore_errors=True)
+                self._discard(folder)
                 raise IntegrityError(f"{entry.path} is not what was signed", remedy="it will be fetched again")
         if folder is final:
             return
         (growing / "done").unlink(missing_ok=True)
         replace_durably(growing / "manifest.json", manifest.to_bytes())
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            self._discard(final)
         os.rename(growing, final)
         _sync(final.parent)
 
@@ -211,14 +223,24 @@ class Store:
         _sync(link.parent)
 
     def collect(self, keep: set[str]) -> int:
-        """Delete all that `keep` does not name; returns how many things went."""
-        num_gone = 0
-        for part in ("partial", "artefacts", "manifests"):
-            for path in (self._folder / part).iterdir():
-                if path.name not in keep:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                    num_gone += 1
-        return num_gone
+        """Delete all that `keep` does not name; returns how many things went. `OSError`: the rest stays for now."""
+        gone = [path for part in _COLLECTED for path in (self._folder / part).iterdir() if path.name not in keep]
+        for path in gone:
+            self._to_trash(path)
+        for path in (self._folder / "trash").iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return len(gone)
+
+    def _discard(self, folder: Path) -> None:
+        shutil.rmtree(self._to_trash(folder), ignore_errors=True)
+
+    def _to_trash(self, path: Path) -> Path:
+        gone = self._folder / "trash" / f"{path.parent.name}-{path.name}-{uuid.uuid4().hex[:8]}"
+        os.rename(path, gone)
+        return gone
 
 
 class ChunkIndex:
@@ -252,7 +274,37 @@ def _hash(path: Path) -> str:
 
 
 def _used_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """Disk below `folder`; what vanishes meanwhile counts for nothing."""
+    used = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            used += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+    return used
+
+
+def _on_disk(size_bytes: int) -> int:
+    return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _no_space(needed_bytes: int, free_bytes: int) -> InsufficientSpaceError:
+    return InsufficientSpaceError(
+        f"the model needs {needed_bytes} bytes of disk and {free_bytes} are free",
+        remedy="free disk or raise disk_budget_bytes",
+        needed_bytes=needed_bytes,
+        free_bytes=free_bytes,
+    )
+
+
+@contextlib.contextmanager
+def told_as_space(needed_bytes: int, path: Path) -> Iterator[None]:
+    """Turn the system's "no space" and "quota exceeded" into `InsufficientSpaceError` with both numbers."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise _no_space(needed_bytes, shutil.disk_usage(path.parent).free) from error
 
 
 def _sync(folder: Path) -> None:

@@ -6,8 +6,11 @@ Rules, in this order:
 1. `committed` names what must be runnable; it changes only at the end of a soak, by a crash loop, or by removal.
 2. The shell writes the new state to the journal before it performs an action, so a restart finds what was intended.
 3. Every event of work carries the ticket of the action it answers; an answer to an older action changes nothing.
-4. Attempts are bounded: crashes while the new model was loaded, crashes of the committed one, journal writes.
+4. Attempts are bounded: crashes while the new model was loaded, crashes of the committed one, damaged downloads,
+   journal writes.
 5. A wish that ended badly is not tried again until the wish changes or its `attempt` rises.
+6. A committed model that cannot run and has nothing to fall back to is suspended, never forgotten: each `Retry` tries
+   it again, in a process of its own first.
 No clock, disk, network or randomness here.
 """
 
@@ -20,7 +23,13 @@ from wire.messages import DesiredModel, Phase, Result
 from wire.window import Window
 
 MAX_CRASHES = 3
-"""Process deaths while the candidate was loaded, or unhealthy starts of the committed model, before it is given up."""
+"""Process deaths while the candidate was loaded, or unhealthy starts of the committed model, before it is given up.
+
+A committed model with nothing before it is not given up for that: power cuts look the same. It is loaded with care.
+"""
+
+MAX_REFETCHES = 1
+"""Times that a download which does not hash right is fetched again: a cut may have damaged it, a liar stays one."""
 
 MAX_WRITES = 64
 """Journal records of one update; more means that the update goes in circles."""
@@ -80,6 +89,7 @@ class SlotState:
     crashes: int = 0  # of this update while the candidate was loaded
     unhealthy_starts: int = 0  # of the committed model
     suspended: bool = False  # the committed model cannot run and there is nothing to fall back to
+    refetches: int = 0  # of this update, because what lay on the disk was damaged
     writes: int = 0  # journal records of this update
     result: Result | None = None
     reason: str | None = None
@@ -148,7 +158,19 @@ class RestoreFailed:
     sentence: str
 
 
-Event = Wish | Done | Failed | Restarted | Healthy | RestoreFailed
+@dataclass(frozen=True)
+class Retry:
+    """Time to see whether a suspended model can run by now."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A suspended model answers again."""
+
+    manifest: str
+
+
+Event = Wish | Done | Failed | Restarted | Healthy | RestoreFailed | Retry | Restored
 
 
 @dataclass(frozen=True)
@@ -166,9 +188,13 @@ class Abandon:
 
 @dataclass(frozen=True)
 class Restore:
-    """Have requests run on `slot` (load it if it is not), or on nothing."""
+    """Have requests run on `slot` (load it if it is not), or on nothing.
+
+    `is_careful`: it has brought the process down before; load it in a process of its own first.
+    """
 
     slot: Slot | None
+    is_careful: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,7 +221,8 @@ def step(state: SlotState, event: Event) -> tuple[SlotState, tuple[Action, ...]]
     after = replace(after, writes=after.writes + 1)
     if after.is_working and after.writes > MAX_WRITES:
         ended, ending = _fail(after, "state_loop", f"the update wrote {after.writes} journal records")
-        return ended, (Abandon(), *ending)
+        restoring = tuple(action for action in actions if isinstance(action, Restore))
+        return ended, (*restoring, Abandon(), *ending)
     return after, actions
 
 
@@ -239,13 +266,21 @@ def _react(state: SlotState, event: Event) -> tuple[SlotState, tuple[Action, ...
         case Done(phase=phase, ticket=ticket) if phase == state.phase and ticket == state.ticket:
             return _advance(state)
         case Failed(phase=phase, ticket=ticket) if phase == state.phase and ticket == state.ticket and state.is_working:
+            if phase == Phase.VERIFY and event.code == "integrity" and state.refetches < MAX_REFETCHES:
+                return _enter(replace(state, refetches=state.refetches + 1), Phase.PREFLIGHT)
             return _fail(state, event.code, event.sentence)
         case Restarted():
             return _restart(state)
-        case Healthy() if state.unhealthy_starts:
+        case Healthy() if state.unhealthy_starts and not state.suspended:
             return replace(state, unhealthy_starts=0), ()
-        case RestoreFailed(manifest=manifest) if state.committed and state.committed.manifest == manifest:
+        case RestoreFailed(manifest=manifest) if state.runnable is not None and state.runnable.manifest == manifest:
             return _fall_back(state, f"{event.code}: {event.sentence}")
+        case Retry() if state.suspended and not state.is_working:
+            return state, (Restore(state.committed, is_careful=True),)
+        case Restored(manifest=manifest) if state.suspended and state.committed and not state.is_working:
+            if state.committed.manifest == manifest:
+                back = replace(state, suspended=False, result=Result.SUCCEEDED, reason="recovered: it runs again")
+                return back, ()
     return state, ()
 
 
@@ -271,7 +306,15 @@ def _wish(state: SlotState, wanted: Wanted) -> tuple[SlotState, tuple[Action, ..
 
 def _fresh(state: SlotState, wanted: Wanted) -> SlotState:
     return replace(
-        state, wanted=wanted, ticket=state.ticket + 1, crashes=0, writes=0, result=None, reason=None, phase=Phase.IDLE
+        state,
+        wanted=wanted,
+        ticket=state.ticket + 1,
+        crashes=0,
+        refetches=0,
+        writes=0,
+        result=None,
+        reason=None,
+        phase=Phase.IDLE,
     )
 
 
@@ -323,9 +366,10 @@ def _fail(state: SlotState, code: str, sentence: str) -> tuple[SlotState, tuple[
 def _restart(state: SlotState) -> tuple[SlotState, tuple[Action, ...]]:
     if state.runnable is not None:
         state = replace(state, unhealthy_starts=state.unhealthy_starts + 1)
-        if state.unhealthy_starts > MAX_CRASHES and not state.is_working:
+        if state.unhealthy_starts > MAX_CRASHES and state.previous is not None and not state.is_working:
             return _fall_back(state, f"crash_loop: {MAX_CRASHES} starts in a row did not become healthy")
-    start: tuple[Action, ...] = (Restore(state.runnable),) if state.runnable else ()
+    doubted = state.unhealthy_starts >= MAX_CRASHES
+    start: tuple[Action, ...] = (Restore(state.runnable, is_careful=doubted),) if state.runnable else ()
     if not state.is_working:
         return state, (*start, Collect())
     if state.phase not in _LOADED:

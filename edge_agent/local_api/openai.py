@@ -95,6 +95,7 @@ class _Job:
         self.completion_id = ("chatcmpl-" if self.is_chat else "cmpl-") + uuid.uuid4().hex
         self.prompt: list[int] = []
         self.num_tokens = 0
+        self.engine: Engine | None = None  # that answers on the device
 
     @property
     def wants_usage(self) -> bool:
@@ -229,7 +230,6 @@ async def _stream(job: _Job, decision: Decision, request: Request) -> Response:
     context = job.context
     events = _events(job, decision)
     first = await anext(events)
-    engine = context.agent.engines.find(job.body.model)
 
     async def all_events() -> AsyncIterator[bytes]:
         try:
@@ -239,7 +239,7 @@ async def _stream(job: _Job, decision: Decision, request: Request) -> Response:
         finally:
             await events.aclose()
 
-    headers = {**_SSE, **context.answer_headers(decision, "device", engine)}
+    headers = {**_SSE, **context.answer_headers(decision, "device", job.engine)}
     return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
 
 
@@ -249,6 +249,7 @@ async def _events(job: _Job, decision: Decision) -> AsyncGenerator[bytes, None]:
     outcome = "cancelled"
     try:
         async with context.agent.engines.use(job.body.model) as engine, context.agent.admission.enter(QUEUE_TIMEOUT_S):
+            job.engine = engine
             async for piece in _pieces(job, engine):
                 is_first = first is None
                 if first is None:
@@ -279,11 +280,13 @@ async def _pieces(job: _Job, engine: Engine) -> AsyncIterator[Piece]:
     try:
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             job.num_tokens += piece.token >= 0
+            if piece.finish_reason in {"stop", "length"}:
+                engine.conduct.answered((time.monotonic() - begun) * 1000 / max(job.num_tokens, 1))
             yield piece
     except ForeshoreError:
         raise
     except RuntimeError as error:
-        engine.num_errors += 1
+        engine.conduct.failed()
         raise UnavailableError(f"the model failed: {error}", remedy="try again") from error
     finally:
         cancel.set()

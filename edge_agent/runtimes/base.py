@@ -1,21 +1,31 @@
-"""What the agent asks of a runtime: two small Protocols, for tensors and for language. `load` is the only factory."""
+"""What the agent asks of a runtime: two small Protocols, for tensors and for language. `load` is the only factory.
+
+Neither numpy nor a runtime's package is imported before a model is loaded: an agent without a model stays small.
+"""
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from edge_agent.config import Profile
 from model_registry.manifest import Manifest
-from wire.errors import UnsupportedModelError
+from wire.errors import ForeshoreError, UnsupportedModelError
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "npt.NDArray[Any]"
+
+
+class NotFiniteError(ForeshoreError):
+    """The model computes NaN or infinity where the publisher saw a number."""
+
+    code = "not_finite"
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,20 @@ class LanguageRuntime(Protocol):
         """Pieces as they come; the last one has a finish reason. Blocking: call it in a thread."""
 
     def agreement(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
-        """Share of `tokens` that the model would have chosen itself, each after the true ones before it."""
+        """Share of `tokens` that the model would have chosen itself, each after the true ones before it.
+
+        Logits that are no numbers raise `NotFiniteError`.
+        """
 
     def close(self) -> None:
         """Free the memory."""
+
+
+def import_runtime(manifest: Manifest) -> None:
+    """Import the package that `load` needs, where this agent knows one."""
+    module = _MODULE_BY_RUNTIME.get(manifest.runtime)
+    if module is not None:
+        importlib.import_module(module)
 
 
 def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | LanguageRuntime:
@@ -102,22 +122,14 @@ def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | L
     )
 
 
-def as_numpy(datatype: str) -> Any:
-    """numpy type of an Open Inference Protocol datatype; `KeyError` when unknown."""
-    return NUMPY_BY_DATATYPE[datatype]
-
-
-NUMPY_BY_DATATYPE: Mapping[str, Any] = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "UINT16": np.uint16,
-    "UINT32": np.uint32,
-    "UINT64": np.uint64,
-    "INT8": np.int8,
-    "INT16": np.int16,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "FP16": np.float16,
-    "FP32": np.float32,
-    "FP64": np.float64,
+_MODULE_BY_RUNTIME: Mapping[str, str] = {
+    "onnxruntime": "edge_agent.runtimes.onnxruntime_tensor",
+    "onnxruntime-genai": "edge_agent.runtimes.genai_language",
 }
+
+NUMPY_BY_DATATYPE: Mapping[str, str] = {
+    "BOOL": "bool",
+    **{f"{sign}INT{bits}": f"{sign.lower()}int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
+}
+"""Name of the numpy type of an Open Inference Protocol datatype."""

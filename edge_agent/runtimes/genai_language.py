@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as genai
 
-from edge_agent.runtimes.base import Piece, Sampling
+from edge_agent.runtimes.base import NotFiniteError, Piece, Sampling
 from wire.errors import InvalidInputError, UnsupportedModelError
 
 
@@ -78,7 +78,7 @@ class GenaiLanguage:
             logits = np.asarray(generator.get_logits())
             last = logits.reshape(-1, logits.shape[-1])[-1]  # [vocabulary]
             if not np.isfinite(last).all():
-                return 0.0
+                raise NotFiniteError("the logits are not finite", remedy="mend the model")
             num_same += int(np.argmax(last)) == token
             generator.append_tokens(np.asarray([token], np.int32))
         return num_same / max(len(tokens), 1)

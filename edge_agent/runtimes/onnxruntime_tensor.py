@@ -64,7 +64,7 @@ class OnnxRuntimeTensor:
 
 
 def _check(spec: TensorSpec, value: Array) -> None:
-    if value.dtype != NUMPY_BY_DATATYPE.get(spec.datatype):
+    if value.dtype.name != NUMPY_BY_DATATYPE.get(spec.datatype):
         raise InvalidInputError(f"input {spec.name!r} has type {value.dtype}", remedy=f"send {spec.datatype}")
     fits = len(value.shape) == len(spec.shape) and all(
         want in (-1, have) for want, have in zip(spec.shape, value.shape, strict=True)

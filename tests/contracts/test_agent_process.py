@@ -66,7 +66,7 @@ def test_a_bad_update_is_refused_and_the_old_model_keeps_answering(plane: Plane,
     plane.await_model(lambda m: m["phase"] == "committed")
     plane.wish(plane.publish(3.0, "1.1.0", golden_scale=2.0))
     refused = plane.await_model(lambda m: m.get("result") == "failed_no_change")
-    assert refused["reason"].startswith("probe_failed")
+    assert refused["reason"].startswith("inaccurate")
     assert refused["active_version"] == "1.0.0"
     assert agent.scale() == 2.0
     plane.wish(plane.publish(4.0, "1.2.0"))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -77,6 +77,7 @@ class Plane:
         self.releases: dict[str, bytes] = {}
         self.reported: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
+        self.needs: list[Need] = []
         self.sent_chunks: list[int] = []
         self.http_chunks = 0
         self.pause_s = 0.0
@@ -126,19 +127,30 @@ class Plane:
             "model.onnx": tiny_model(scale, padding_bytes=padding_bytes),
             "golden.npz": golden_bytes(scale if golden_scale is None else golden_scale),
         }
+        return self.publish_tensor("tiny", contents, version, memory=memory)
+
+    def publish_tensor(
+        self, name: str, contents: Mapping[str, bytes], version: str, *, memory: int = 1, **requires: Any
+    ) -> DesiredModel:
+        """Make a release of `model.onnx` with `golden.npz`."""
         manifest = Manifest(
-            name="tiny",
+            name=name,
             kind="tensor",
             target="cpu-x86",
             runtime="onnxruntime",
             precision="fp32",
             files=[self._file(path, data) for path, data in contents.items()],
             entry="model.onnx",
-            requires=Requirements(memory_bytes=memory),
-            golden=Golden(path="golden.npz", num_cases=3, max_abs_error=1e-4),
+            requires=Requirements(memory_bytes=memory, **requires),
+            golden=Golden(path="golden.npz", num_cases=1, max_abs_error=1e-4),
             source_digest="0" * 64,
         )
         return self._released(manifest, version)
+
+    def forget_content(self) -> None:
+        """Drop what was published so far: a long run would fill the memory."""
+        for held in (self.chunks, self.manifests):
+            held.clear()
 
     def publish_language(self, folder: Path, version: str, golden: bytes) -> DesiredModel:
         """Make a release of an onnxruntime-genai folder, named `chat`."""
@@ -253,10 +265,13 @@ class Plane:
             client.publish(topics.device(TENANT, DEVICE, "cmd/ack"), ack, qos=1)
         elif leaf == "need" and not self.is_silent:
             need = parse(Need, message.payload)
+            self.needs.append(need)
             threading.Thread(target=self._serve, args=(need,), daemon=True).start()
 
     def _serve(self, need: Need) -> None:
-        manifest = self.manifests[need.manifest]
+        manifest = self.manifests.get(need.manifest)
+        if manifest is None:
+            return
         if need.manifest_wanted:
             self._send_manifest(manifest)
         wanted = {index for first, count in need.missing for index in range(first, first + count)}
@@ -311,9 +326,10 @@ def _handler(plane: Plane) -> type[BaseHTTPRequestHandler]:
 class AgentProcess:
     """A real agent, started and killed as processes are."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, port_file: Path | None = None, log: Path | None = None) -> None:
         self.home = home
-        self.port_file = home.parent / "agent.port"
+        self.port_file = port_file or home.parent / "agent.port"
+        self.log = log or home.parent / "agent.log"
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -322,18 +338,35 @@ class AgentProcess:
         subprocess.run([sys.executable, "-m", "edge_agent.cli", *command], check=True, timeout=60)
 
     def start(self, timeout_s: float = 40) -> None:
+        self.launch()
+        assert self.await_port(timeout_s), self.log.read_text()[-3000:]
+
+    def launch(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start the process and do not wait for it."""
         self.port_file.unlink(missing_ok=True)
         command = ["run", "--home", str(self.home), "--port-file", str(self.port_file), "--die-with-parent"]
-        with (self.home.parent / "agent.log").open("ab") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "edge_agent.cli", *command], stdout=log, stderr=log, env={**os.environ}
+                [sys.executable, "-m", "edge_agent.cli", *command],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
             )
+
+    def await_port(self, timeout_s: float = 40) -> bool:
+        """Whether it listens now; False when it died first."""
         until = time.monotonic() + timeout_s
         while not self.port_file.exists():
-            assert self._process.poll() is None, (self.home.parent / "agent.log").read_text()[-3000:]
+            if not self.is_alive:
+                return False
             assert time.monotonic() < until, "the agent did not start"
-            time.sleep(0.02)
+            time.sleep(0.01)
         self.url = f"http://127.0.0.1:{json.loads(self.port_file.read_text())['port']}"
+        return True
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -344,6 +377,10 @@ class AgentProcess:
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(10)
+
+    def await_death(self, timeout_s: float = 10) -> None:
+        assert self._process is not None
+        self._process.wait(timeout_s)
 
     def stop(self) -> int:
         if self._process is None:

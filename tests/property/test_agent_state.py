@@ -20,7 +20,9 @@ from edge_agent.state import (
     Perform,
     Restarted,
     Restore,
+    Restored,
     RestoreFailed,
+    Retry,
     SlotState,
     Wanted,
     Wish,
@@ -48,6 +50,8 @@ moves = st.one_of(
     st.builds(Failed, phases, st.integers(0, 30), codes, st.just("stale")),
     st.just(Restarted()),
     st.just(Healthy()),
+    st.just(Retry()),
+    st.builds(Restored, st.sampled_from(MANIFESTS)),
     st.builds(RestoreFailed, st.sampled_from(MANIFESTS), st.just("integrity"), st.just("broken")),
 )
 
@@ -84,6 +88,8 @@ def test_no_order_of_events_loses_a_committed_model_or_runs_for_ever(order: list
             assert state.result is not None
         if state.committed:
             assert state.committed.manifest in state.held()
+        if isinstance(move, Restarted) and state.runnable is not None:
+            assert any(isinstance(action, Restore) and action.slot == state.runnable for action in actions)
 
 
 @settings(max_examples=200, deadline=None)
@@ -133,7 +139,11 @@ def test_a_window_is_waited_for_after_the_download_and_survives_a_restart() -> N
 
 def test_results_say_honestly_how_an_update_ended() -> None:
     assert _fail(_at(Phase.PREFLIGHT), "insufficient_space").result is Result.FAILED_NO_CHANGE
-    assert _fail(_at(Phase.VERIFY), "integrity").result is Result.REJECTED
+    again = _fail(_at(Phase.VERIFY), "integrity")  # a cut may have damaged what lay here: once more
+    assert again.phase is Phase.PREFLIGHT
+    while again.phase != Phase.VERIFY:
+        again, _ = step(again, Done(again.phase, again.ticket))
+    assert _fail(again, "integrity").result is Result.REJECTED
     assert _fail(_at(Phase.FETCH), "timed_out").result is Result.TIMED_OUT
     assert _fail(_at(Phase.PROBE), "probe_failed").result is Result.FAILED_NO_CHANGE
     assert _fail(_at(Phase.SOAK), "soak_failed").result is Result.ROLLED_BACK
@@ -141,6 +151,22 @@ def test_results_say_honestly_how_an_update_ended() -> None:
     stuck = step(replace(ended, previous=None), RestoreFailed(MANIFESTS[0], "integrity", "gone"))[0]
     assert stuck.result is Result.UNABLE_TO_ROLL_BACK
     assert stuck.runnable is None
+
+
+def test_a_suspended_model_is_tried_again_until_it_runs() -> None:
+    alone = _committed()
+    stuck, _ = step(alone, RestoreFailed(MANIFESTS[0], "crashed", "SIGSEGV"))
+    assert stuck.result is Result.UNABLE_TO_ROLL_BACK
+    restarted, actions = step(stuck, Restarted())
+    assert restarted.runnable is None
+    assert not any(isinstance(action, Restore) for action in actions)
+    same, actions = step(restarted, Retry())
+    assert same == restarted
+    assert actions == (Restore(alone.committed, is_careful=True),)
+    assert step(same, RestoreFailed(MANIFESTS[0], "crashed", "SIGSEGV")) == (same, ())
+    back, _ = step(same, Restored(MANIFESTS[0]))
+    assert back.runnable == alone.committed
+    assert back.result is Result.SUCCEEDED
 
 
 def test_a_wish_that_failed_is_tried_again_only_with_a_higher_attempt() -> None:
@@ -164,7 +190,7 @@ def test_dying_with_the_new_model_loaded_gives_up_after_three_times() -> None:
     assert state.result is Result.ROLLED_BACK
     assert state.reason is not None
     assert state.reason.startswith("crash_loop")
-    assert Restore(state.committed) in actions
+    assert any(isinstance(action, Restore) and action.slot == state.committed for action in actions)
 
 
 def test_a_committed_model_that_never_gets_healthy_gives_way_to_the_previous() -> None:
@@ -178,6 +204,14 @@ def test_a_committed_model_that_never_gets_healthy_gives_way_to_the_previous() -
     assert state.committed is not None
     assert state.committed.manifest == MANIFESTS[0]
     assert state.result is Result.ROLLED_BACK
+
+
+def test_power_cuts_alone_never_take_away_the_only_model() -> None:
+    state = _committed()
+    for number in range(1, 20):
+        state, actions = step(state, Restarted())
+        assert Restore(state.committed, is_careful=number >= MAX_CRASHES) in actions
+        assert not state.suspended
 
 
 def test_removal_stops_work_and_forgets_the_model() -> None:

@@ -1,0 +1,150 @@
+"""A trial of a model in a process of its own, before the agent loads it.
+
+A model that ends its process, hangs or takes more memory than there is does so there; the agent goes on serving the old
+one and learns what happened. `python -m edge_agent.trial` reads one JSON object from standard input, loads the
+artefact, runs one golden case and writes one JSON object: the memory it took, or the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_agent.config import Profile
+from edge_agent.engines import check_memory
+from model_registry.manifest import Manifest, parse_manifest
+from wire.errors import ForeshoreError, TimedOutError
+
+NICENESS = 5
+WATCH_S = 0.05
+OVERHEAD_BYTES = 128 << 20  # of a process that has loaded nothing yet
+MAX_OUTPUT_BYTES = 64 * 1024
+
+
+class CrashedError(ForeshoreError):
+    """The model ended the process that loaded it."""
+
+    code = "crashed"
+
+
+class TrialFailedError(ForeshoreError):
+    """The trial ended with the error of another process; `code` is that of the error."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code  # type: ignore[misc]
+
+
+async def try_out(manifest: Path, files: Path, profile: Profile, *, free_bytes: int, timeout_s: float) -> int:
+    """Bytes of memory that the model takes while it runs.
+
+    Raises `CrashedError`, `InsufficientSpaceError`, `TimedOutError` or what loading it raised (`TrialFailedError`).
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "edge_agent.trial",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        limit=MAX_OUTPUT_BYTES,
+    )
+    asked = {"manifest": str(manifest), "files": str(files), "profile": profile.model_dump(mode="json")}
+    watching = asyncio.create_task(_watch(process, free_bytes + OVERHEAD_BYTES), name=f"watch-trial-{process.pid}")
+    try:
+        async with asyncio.timeout(timeout_s):
+            output, _ = await process.communicate(json.dumps(asked).encode())
+    except TimeoutError as error:
+        raise TimedOutError(f"loading took more than {timeout_s:g} s", remedy="mend the model") from error
+    finally:
+        watching.cancel()
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    return _read(output, process.returncode or 0, await _seen(watching), free_bytes)
+
+
+async def _watch(process: asyncio.subprocess.Process, max_bytes: int) -> int:
+    """End the trial when it takes more than `max_bytes`; returns what it had."""
+    while True:
+        held = resident_bytes(process.pid)
+        if held > max_bytes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            return held
+        await asyncio.sleep(WATCH_S)
+
+
+async def _seen(watching: asyncio.Task[int]) -> int:
+    """What a watch that had to end its trial saw, else 0."""
+    try:
+        return await watching
+    except asyncio.CancelledError:
+        return 0
+
+
+def _read(output: bytes, status: int, held_bytes: int, free_bytes: int) -> int:
+    if held_bytes:
+        check_memory(held_bytes, free_bytes)
+    lines = [line for line in output.splitlines() if line.startswith(b"{")]
+    if status < 0 or not lines:
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        raise CrashedError(f"the model ended the process that loaded it with {how}", remedy="mend the model")
+    said: dict[str, Any] = json.loads(lines[-1])
+    if "code" in said:
+        raise TrialFailedError(str(said["code"]), str(said["sentence"]))
+    check_memory(int(said["memory_bytes"]), free_bytes)
+    return int(said["memory_bytes"])
+
+
+def resident_bytes(pid: int, field: str = "VmRSS") -> int:
+    """Memory of a process (`VmHWM`: its peak); 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def main() -> None:
+    """The trial itself."""
+    from wire.process import die_with_parent
+
+    die_with_parent(signal.SIGKILL)
+    os.nice(NICENESS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    asked = json.load(sys.stdin)
+    try:
+        said: dict[str, Any] = {"memory_bytes": _measure(asked)}
+    except ForeshoreError as error:
+        said = {"code": error.code, "sentence": str(error)}
+    except Exception as error:  # noqa: BLE001 - top of the process: the agent reports it as the result
+        said = {"code": "load_failed", "sentence": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), flush=True)  # noqa: T201 - the answer
+
+
+def _measure(asked: dict[str, Any]) -> int:
+    from edge_agent.probe import run_once
+    from edge_agent.runtimes.base import import_runtime, load
+
+    manifest: Manifest = parse_manifest(Path(asked["manifest"]).read_bytes())
+    profile = Profile.model_validate(asked["profile"])
+    files = Path(asked["files"])
+    import_runtime(manifest)
+    before = resident_bytes(os.getpid())
+    runtime = load(manifest, files, profile)
+    with contextlib.suppress(Exception):  # the probe judges answers; here it counts whether the process survives
+        run_once(manifest, files, runtime)
+    return max(0, resident_bytes(os.getpid(), "VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Telemetry stays within its quota, loses the least important first and never stands in the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from edge_agent.outbox import Outbox
+
+QUOTA_BYTES = 64 * 1024
+
+
+def _kinds(outbox: Outbox) -> list[str]:
+    return [json.loads(payload)["kind"] for _, payload in outbox.oldest(10_000)]
+
+
+def test_over_the_quota_the_oldest_of_the_lowest_priority_goes_first(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox.db", QUOTA_BYTES)
+    outbox.add("alarm", {"number": -1})
+    for number in range(400):
+        outbox.add("metric", {"number": number, "text": "x" * 200})
+        assert outbox.size_bytes <= QUOTA_BYTES
+    numbers = [json.loads(payload)["body"]["number"] for _, payload in outbox.oldest(10_000)]
+    assert numbers[0] == -1
+    assert numbers[1:] == list(range(numbers[1], 400))
+    assert numbers[1] > 0
+    assert outbox.num_dropped == numbers[1]
+
+
+def test_what_matters_less_than_all_that_waits_is_dropped_itself(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox.db", QUOTA_BYTES)
+    while not outbox.num_dropped:
+        outbox.add("alarm", {"text": "x" * 2000})
+    waiting = len(_kinds(outbox))
+    assert outbox.add("metric", {"text": "x" * 2000}) is None
+    assert _kinds(outbox) == ["alarm"] * waiting
+
+
+def test_events_survive_a_restart_and_go_when_confirmed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox.db", QUOTA_BYTES)
+    first, second = outbox.add("update", {"a": 1}), outbox.add("decision", {"b": 2})
+    outbox.close()
+    outbox = Outbox(tmp_path / "outbox.db", QUOTA_BYTES)
+    assert [name for name, _ in outbox.oldest()] == [first, second]
+    outbox.confirm([str(first), "unknown"])
+    assert [name for name, _ in outbox.oldest()] == [second]
+    outbox.confirm([str(second)])
+    assert outbox.size_bytes == 0
+
+
+def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "outbox.db"
+    path.write_bytes(b"no database at all" * 1000)
+    outbox = Outbox(path, QUOTA_BYTES)
+    assert outbox.add("alarm", {}) is not None
+    assert (tmp_path / "outbox.db.damaged").exists()
+
+
+def test_without_a_disk_events_wait_in_memory(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "missing" / "outbox.db", QUOTA_BYTES)
+    assert outbox.add("alarm", {}) is not None
+    assert _kinds(outbox) == ["alarm"]
