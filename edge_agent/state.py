@@ -7,7 +7,8 @@ Rules, in this order:
 2. The shell writes the new state to the journal before it performs an action, so a restart finds what was intended.
 3. Every event of work carries the ticket of the action it answers; an answer to an older action changes nothing.
 4. Attempts are bounded: crashes while the new model was loaded, crashes of the committed one, journal writes.
-5. A wish that ended badly is not tried again until the wish changes or its `attempt` rises.
+5. A wish that ended badly is not tried again until the wish changes or its `attempt` rises; one that ended only for
+   want of trusted metadata is, once newer metadata is there.
 No clock, disk, network or randomness here.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from model_registry.trust.errors import PASSING, REFUSALS
 from wire.messages import DesiredModel, Phase, Result
 from wire.window import Window
 
@@ -30,7 +32,11 @@ ORDER = (
 )  # fmt: skip
 _LOADED = frozenset({Phase.STAGED, Phase.PROBE, Phase.SWITCH, Phase.SOAK})
 _SWITCHED = frozenset({Phase.SWITCH, Phase.SOAK})
-_REFUSALS = frozenset({"bad_signature", "integrity", "unsupported_model", "unknown_version", "too_large", "refused"})
+_REFUSALS = REFUSALS | {
+    "bad_signature", "integrity", "invalid_input", "unsupported_model", "unknown_version", "too_large", "refused",
+    "expired_wish",
+}  # fmt: skip
+_WAITS_FOR_TRUST = PASSING | {"expired_wish"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,12 @@ class RestoreFailed:
     sentence: str
 
 
-Event = Wish | Done | Failed | Restarted | Healthy | RestoreFailed
+@dataclass(frozen=True)
+class TrustRenewed:
+    """Newer metadata or a newer wish was accepted: what failed only for want of it may begin again."""
+
+
+Event = Wish | Done | Failed | Restarted | Healthy | RestoreFailed | TrustRenewed
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,9 @@ def _react(state: SlotState, event: Event) -> tuple[SlotState, tuple[Action, ...
             return _restart(state)
         case Healthy() if state.unhealthy_starts:
             return replace(state, unhealthy_starts=0), ()
+        case TrustRenewed() if state.wanted is not None and _lacked_trust(state):
+            begun = replace(_fresh(state, state.wanted), phase=Phase.PREFLIGHT)
+            return begun, (Perform(Phase.PREFLIGHT, begun.ticket),)
         case RestoreFailed(manifest=manifest) if state.committed and state.committed.manifest == manifest:
             return _fall_back(state, f"{event.code}: {event.sentence}")
     return state, ()
@@ -273,6 +287,11 @@ def _fresh(state: SlotState, wanted: Wanted) -> SlotState:
     return replace(
         state, wanted=wanted, ticket=state.ticket + 1, crashes=0, writes=0, result=None, reason=None, phase=Phase.IDLE
     )
+
+
+def _lacked_trust(state: SlotState) -> bool:
+    code = (state.reason or "").partition(":")[0]
+    return not state.is_working and state.phase != Phase.REMOVED and code in _WAITS_FOR_TRUST
 
 
 def _advance(state: SlotState) -> tuple[SlotState, tuple[Action, ...]]:
