@@ -153,6 +153,10 @@ class Publications:
             if entry is None or entry.length != len(row.release) or entry.hashes.get("sha256") != row.release_digest:
                 raise IntegrityError("another release was signed", remedy="list the bytes that the publication offers")
             self._trust.submit_in(session, by, role, metadata)
+            audit.record(
+                session, tenant=by.tenant, actor=by.subject, action="release.sign", subject=row.release_digest or "",
+                details={"name": row.name, "version": row.model_version, "role": role},
+            )  # fmt: skip
             return self._shown(session, row)
 
     def hear_trust(self, session: Session, tenant: str, repository: Repository) -> None:

@@ -85,7 +85,7 @@ class Repository:
     def find_release(self, model: str, digest: str) -> TargetFile | None:
         """The entry of a release in any publisher's current list that may list it."""
         path = roles.release_path(model, digest)
-        delegations = self.targets.delegations
+        delegations = self.targets.delegations if Targets.type in self.current else None
         for role, _ in delegations.get_roles_for_target(path) if delegations else ():
             listed = read_metadata(Targets, self.current[role]).signed.targets
             if path in listed and listed[path].hashes.get("sha256") == digest:
