@@ -22,7 +22,8 @@ from wire.errors import ForeshoreError, MissingExtraError
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("cloud.up.cli", "Start everything on this machine: cloud, broker, workers, gateway, agents."),
     "publish": ("model_registry.publish_cli", "Publish a model: upload, compile, gate, sign."),
-    "keys": ("model_registry.publish_cli", "Make and register the keys that sign releases."),
+    "keys": ("model_registry.keys_cli", "Make, name and use the keys that say what may exist."),
+    "bundle": ("model_registry.bundle_cli", "Write an update to a file for devices without a network."),
     "import": ("compiler.cli", "Turn a GGUF file into a Hugging Face style folder."),
     "compile": ("compiler.cli", "Compile a model for targets on this machine, without a control plane."),
     "worker": ("compiler.cli", "Run compile jobs of a control plane."),

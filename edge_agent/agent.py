@@ -8,28 +8,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
+
+from tuf.api.metadata import TargetFile
 
 from edge_agent.config import Home, Identity, Profile
 from edge_agent.credentials import Credentials, KeyStore
 from edge_agent.engines import Admission, Engines
 from edge_agent.fetch import Fetch, HttpSource, Progress, choose_encoding
 from edge_agent.hardware import find_hardware
+from edge_agent.inbox import find_chunk, prove
 from edge_agent.link import Connection, Endpoint, Will
 from edge_agent.outbox import Outbox
 from edge_agent.renewal import Renewal
 from edge_agent.slots import Store
-from edge_agent.state import Restarted, SlotState, Wish, wanted_from
+from edge_agent.state import Restarted, SlotState, TrustRenewed, Wish, wanted_from
 from edge_agent.updates import Device, Update
-from edge_agent.verify import open_desired
+from edge_agent.verify import DeviceTrust, open_desired, recall_desired, signers
 from edge_agent.watchdog import Watchdog
 from model_registry.manifest import Manifest, ReleaseArtefact, sha256
-from model_registry.trust import key_ring
+from model_registry.trust.bundle import Bundle
+from model_registry.trust.errors import MetadataUnavailableError, TrustError
 from wire import topics
-from wire.errors import ForeshoreError
+from wire.errors import ForeshoreError, IntegrityError
 from wire.frames import parse_frame
 from wire.messages import Desired, Need, Reported, Status
 from wire.process import replace_durably
@@ -39,6 +44,8 @@ TICK_S = 0.25
 REPORT_EVERY_S = 1.0
 RESEND_S = 15.0
 MANIFEST_TRIES = 3
+TRUST_EVERY_S = 600.0
+TRUST_RETRY_S = 2.0
 WISH_AGAIN_S = 1.0
 
 
@@ -46,13 +53,23 @@ class Agent:
     """One device at work. Lives in one event loop."""
 
     def __init__(
-        self, home: Home, profile: Profile, identity: Identity, credentials: Credentials, keys: KeyStore
+        self,
+        home: Home,
+        profile: Profile,
+        identity: Identity,
+        credentials: Credentials,
+        keys: KeyStore,
+        trust: DeviceTrust,
     ) -> None:
         self.home, self.profile, self.identity = home, profile, identity
         self._endpoint = Endpoint(identity.mqtt.host, identity.mqtt.port, credentials.context)
         user = topics.mqtt_user(identity.tenant, identity.device_id)
         self._client_id = identity.mqtt.client_id or user
-        self._control_keys = key_ring(identity.trust.control)
+        self.trust = trust
+        self._unproven: bytes | None = None  # a wish that waits for trusted metadata
+        self._seen_renewals = 0
+        self._trust_is_wanted = asyncio.Event()
+        self._bundle: Bundle | None = None
         self.engines = Engines(profile.memory_budget_bytes)
         self.admission = Admission(profile.max_streams, profile.max_queue)
         self.store = Store(home.store, profile.disk_budget_bytes)
@@ -73,11 +90,12 @@ class Agent:
         self._dirty = True
         self._urgent = True
         self._sent_at: dict[str, float] = {}
+        self._signers: set[str] = set()  # key ids under the wish that is followed
         self._device = Device(
             home=home,
             identity=identity,
             profile=profile,
-            publishers=key_ring(identity.trust.publishers),
+            trust=trust,
             store=self.store,
             engines=self.engines,
             content=self,
@@ -101,6 +119,7 @@ class Agent:
         if self.identity.control_url.startswith("https://"):
             self._spawn(self._renewal.run(self._renewal_failed), "renewal")
         last_report = 0.0
+        self._spawn(self._watch_trust(), "trust")
         watchdog = Watchdog()
         watchdog.say("READY=1")
         while not stopping.is_set():
@@ -110,12 +129,17 @@ class Agent:
                 self._report()
             self._dirty = self._dirty or any(update.state.is_working for update in self.updates.values())
             self._flush_outbox()
+            if self.trust.num_renewals != self._seen_renewals:
+                self._seen_renewals = self.trust.num_renewals
+                self._spawn(self._renewed(), "trust-renewed")
+            if self._bundle is None and self.home.inbox.exists():
+                self._bundle = Bundle.open(self.home.inbox)
+                self._spawn(self._take_bundle(self._bundle), "bundle")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), TICK_S)
         watchdog.say("STOPPING=1")
         for task in list(self._tasks):
-            if task.get_name() == "renewal":
-                task.cancel()
+            task.cancel()
         for update in self.updates.values():
             await update.close()
         self._publish("status", Status(online=False, boot_epoch=self.boot_epoch).to_bytes(), retain=True)
@@ -127,6 +151,7 @@ class Agent:
 
     def report(self) -> Reported:
         """The document for the control plane and for `GET /status`."""
+        trust_error = said(self.trust.error) if self.trust.error else None
         return Reported(
             generation=self._followed_generation(),
             agent_version=AGENT_VERSION,
@@ -135,15 +160,25 @@ class Agent:
             hardware=find_hardware(self.profile, self.home.store),
             models=[update.report() for _, update in sorted(self.updates.items())][:32],
             local_api=self.local_url,
-            error=self.error or next(iter(self._troubles.values()), None),
+            error=self.error or next(iter(self._troubles.values()), None) or trust_error,
         )
 
-    async def release(self, digest: str) -> bytes:
-        """A signed release, over HTTP."""
-        return await self.http.release(digest)
+    async def listed(self, model: str, release: str) -> TargetFile:
+        """What a publisher's fresh metadata says about a release."""
+        try:
+            return await asyncio.to_thread(self.trust.find_release, model, release, self._bundle)
+        finally:
+            self._mend_trust()
+
+    async def release(self, digest: str, size_bytes: int) -> bytes:
+        """A release, out of a bundle or over HTTP."""
+        return await self._from_bundle("releases", digest, size_bytes) or await self.http.release(digest, size_bytes)
 
     async def manifest(self, digest: str, size_bytes: int) -> bytes:
-        """Pages over MQTT; over HTTP when they do not come."""
+        """Out of a bundle, else pages over MQTT; over HTTP when they do not come."""
+        held = await self._from_bundle("manifests", digest, size_bytes)
+        if held is not None:
+            return held
         queue = self._pages.setdefault(digest, asyncio.Queue(maxsize=512))
         await self._open_bulk(topics.manifest_page(self.identity.tenant, digest))
         try:
@@ -154,7 +189,7 @@ class Agent:
                     return data
         finally:
             self._pages.pop(digest, None)
-        return await self.http.manifest(digest)
+        return await self.http.manifest(digest, size_bytes)
 
     async def fetch(self, manifest: Manifest, artefact: ReleaseArtefact, progress: Progress) -> None:
         """Bring every chunk into the store."""
@@ -167,6 +202,7 @@ class Agent:
             send_need=self._send_need,
             progress=progress,
             stall_s=self.profile.fetch_stall_s,
+            find_beside=lambda chunk: find_chunk(self._bundle, chunk) if self._bundle else None,
         )
         self._fetches[manifest.digest] = fetch
         tenant = self.identity.tenant
@@ -234,25 +270,21 @@ class Agent:
         for update in list(self.updates.values()):  # all are known before the first may collect garbage
             await update.handle(Restarted())
         if self.home.desired_file.exists():
-            await self._wish(self.home.desired_file.read_bytes())
+            envelope = self.home.desired_file.read_bytes()
+            with contextlib.suppress(ForeshoreError):  # damaged: the broker has it too
+                self.desired, self._signers = recall_desired(envelope), signers(envelope)
+                await self._wish(envelope)
 
     async def _wish(self, envelope: bytes) -> None:
-        last = self.desired.generation if self.desired else 0
         try:
-            desired = open_desired(
-                envelope,
-                self._control_keys,
-                tenant=self.identity.tenant,
-                device_id=self.identity.device_id,
-                last_generation=last,
-            )
+            desired = await self._proven_wish(envelope)
         except ForeshoreError as error:
-            self.error = f"{error.code}: {error}"[:2000]
-            self.outbox.add("alarm", {"code": error.code, "message": str(error)})
-            self._soon()
+            self._unproven = envelope if isinstance(error, TrustError | MetadataUnavailableError) else None
+            self._mend_trust()
+            self._complain(error)
             return
-        self.error = None
-        if self.desired is None or desired.generation > last:
+        self.error = self._unproven = None
+        if self.desired is None or desired != self.desired:
             try:
                 await asyncio.to_thread(replace_durably, self.home.desired_file, envelope, mode=0o600)
             except OSError as error:  # not followed before it is kept: a restart would forget how new it was
@@ -260,11 +292,93 @@ class Agent:
                 self._spawn(self._wish_again(envelope), "wish-again")
                 return
             self._troubled("desired", None)
-        self.desired = desired
+        is_newer = self.desired is not None and desired.generation > self.desired.generation
+        self.desired, self._signers = desired, signers(envelope)
         names = {model.name: model for model in desired.models}
         for name in sorted(set(names) | set(self.updates)):
             update = self.updates.setdefault(name, Update(name, self._device))
             await update.handle(Wish(wanted_from(names[name]) if name in names else None))
+            if is_newer:
+                await update.handle(TrustRenewed())
+        self._soon()
+
+    async def _proven_wish(self, envelope: bytes) -> Desired:
+        """The wish, if the director whom targets names now signed it; looks for newer metadata before it says no."""
+        try:
+            return await asyncio.to_thread(self._open_wish, envelope)
+        except (IntegrityError, MetadataUnavailableError) as error:
+            try:
+                await asyncio.to_thread(self.trust.refresh)
+            except MetadataUnavailableError:
+                raise error from None
+            return await asyncio.to_thread(self._open_wish, envelope)
+
+    def _open_wish(self, envelope: bytes) -> Desired:
+        director = self.trust.director()
+        is_same_director = bool(self._signers & set(director.keys))
+        return open_desired(
+            envelope,
+            director,
+            tenant=self.identity.tenant,
+            device_id=self.identity.device_id,
+            last_generation=self.desired.generation if self.desired and is_same_director else 0,
+        )
+
+    async def _watch_trust(self) -> None:
+        """Ask for newer metadata now and then, and whenever the cloud is back."""
+        num_failures = 0
+        while True:
+            wait_s = min(TRUST_RETRY_S * 2.0**num_failures, TRUST_EVERY_S) if self.trust.error else TRUST_EVERY_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._trust_is_wanted.wait(), wait_s)
+            self._trust_is_wanted.clear()
+            known = self.trust.error.code if self.trust.error else None
+            try:
+                await asyncio.to_thread(self.trust.refresh)
+                num_failures = 0
+            except ForeshoreError as error:
+                num_failures = min(num_failures + 1, 10)
+                if error.code not in {known, MetadataUnavailableError.code}:
+                    self.outbox.add("alarm", {"code": error.code, "message": str(error)})
+            if known != (self.trust.error.code if self.trust.error else None):
+                self._soon()
+
+    def _mend_trust(self) -> None:
+        """After a failed refresh: do not wait for the next regular one."""
+        if self.trust.error is not None:
+            self._trust_is_wanted.set()
+
+    async def _take_bundle(self, bundle: Bundle) -> None:
+        """Install what the inbox holds, proven once more; afterwards the inbox is empty, however it ended."""
+        last = self.desired.generation if self.desired else 0
+        try:
+            proven = await asyncio.to_thread(prove, bundle, self.trust, self.identity, last)
+            await self._wish(proven.assignment)
+            while any(update.state.is_working for update in self.updates.values()):  # noqa: ASYNC110 - they have no event
+                await asyncio.sleep(TICK_S)
+        except ForeshoreError as error:
+            self._complain(error)
+        await asyncio.to_thread(shutil.rmtree, self.home.inbox, ignore_errors=True)
+        self._bundle = None
+
+    async def _from_bundle(self, kind: str, digest: str, size_bytes: int) -> bytes | None:
+        if self._bundle is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._bundle.find, kind, digest, size_bytes)
+        except ForeshoreError:
+            return None
+
+    async def _renewed(self) -> None:
+        """There is newer trusted metadata: take up what waited for it."""
+        if self._unproven is not None:
+            await self._wish(self._unproven)
+        for update in list(self.updates.values()):
+            await update.handle(TrustRenewed())
+
+    def _complain(self, error: ForeshoreError) -> None:
+        self.error = said(error)
+        self.outbox.add("alarm", {"code": error.code, "message": str(error)})
         self._soon()
 
     async def _wish_again(self, envelope: bytes) -> None:
@@ -328,6 +442,7 @@ class Agent:
         if is_connected:
             self._publish("status", Status(online=True, boot_epoch=self.boot_epoch).to_bytes(), retain=True)
             self._sent_at.clear()
+            self._trust_is_wanted.set()
             self._soon()
 
     def _changed(self, name: str, state: SlotState) -> None:
@@ -382,3 +497,8 @@ class Agent:
 
     def _topic(self, leaf: str) -> str:
         return topics.device(self.identity.tenant, self.identity.device_id, leaf)
+
+
+def said(error: ForeshoreError) -> str:
+    """An error as a report carries it."""
+    return f"{error.code}: {error}"[:2000]

@@ -36,6 +36,7 @@ def enrol_command(
     pkcs11_module: Annotated[Path | None, typer.Option(help="Library of a security chip to guard the key.")] = None,
     pkcs11_token: Annotated[str | None, typer.Option(help="Label of the chip's token.")] = None,
     pkcs11_pin_file: Annotated[Path | None, typer.Option(help="File with the token's PIN.")] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="A root.json to believe, not the server's.")] = None,
 ) -> None:
     """Make a key, get a certificate. Example: foreshore-agent enrol --url URL --token TOKEN --home ~/agent"""
     from edge_agent.credentials import open_keys
@@ -51,7 +52,8 @@ def enrol_command(
             raise InvalidInputError("--pkcs11-module without token and PIN", remedy="give all three --pkcs11 options")
         chip = ChipSettings(module=pkcs11_module, token=pkcs11_token, pin_file=pkcs11_pin_file.resolve())
         replace_durably(folder.chip_file, chip.model_dump_json().encode(), mode=0o600)
-    identity = enrol(folder, url, secret, load_profile(profile), open_keys(folder))
+    pinned = root.read_bytes() if root else None
+    identity = enrol(folder, url, secret, load_profile(profile), open_keys(folder), root=pinned)
     typer.echo(f"enrolled as {identity.tenant}.{identity.device_id}; start it: foreshore-agent run --home {home}")
 
 
@@ -75,6 +77,22 @@ def run_command(
         )
     os.umask(0o077)
     asyncio.run(_run(Home(home), host, port, port_file))
+
+
+@app.command("install")
+def install_command(
+    bundle: Annotated[Path, typer.Argument(help="A bundle: tar file or folder.")],
+    home: HomeOption,
+) -> None:
+    """Install an update from a stick; the agent does it at once if it runs, else when it starts.
+
+    Example: foreshore-agent install /media/stick/update.tar --home ~/agent
+    """
+    from edge_agent.inbox import install
+
+    desired = install(Home(home), bundle)
+    names = ", ".join(f"{model.name} {model.version}" for model in desired.models) or "nothing"
+    typer.echo(f"the bundle is genuine and current; this device is to run: {names}")
 
 
 @app.command("status")
@@ -110,12 +128,15 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
     from edge_agent.cloud import Cloud
     from edge_agent.credentials import Credentials, open_keys
     from edge_agent.local_api.app import create_app
+    from edge_agent.verify import open_trust
     from wire.process import write_port_file
 
     profile: Profile = home.profile()
     identity = home.identity()
     keys = open_keys(home)
-    agent = Agent(home, profile, identity, Credentials(home, keys), keys)
+    credentials = Credentials(home, keys)
+    trust = open_trust(home, identity, credentials.context)
+    agent = Agent(home, profile, identity, credentials, keys, trust)
     cloud = Cloud(identity.gateway_url, identity.device_token)
     listener = socket.create_server((host, port), backlog=128)
     address = listener.getsockname()

@@ -1,7 +1,7 @@
 """What a device is allowed to use (its profile) and who it is (its identity), read strictly from the home folder.
 
 Layout of the home folder: `profile.yaml`, `identity.json` and keys (0600), `state/` journals, `store/` models,
-`outbox.db`, `boot` (start counter).
+`trust/` metadata, `inbox/` a bundle to install, `outbox.db`, `boot` (start counter).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -59,10 +60,10 @@ class Mqtt(_Config):
 
 
 class Trust(_Config):
-    """Public keys by key id: who may sign releases, who may say what this device runs."""
+    """What enrolment proved: the root of trust of that day (base64), and that it was not earlier than `time`."""
 
-    publishers: dict[str, str]
-    control: dict[str, str]
+    root: Annotated[str, Field(max_length=1 << 20)]
+    time: datetime
 
 
 class Identity(_Config):
@@ -100,6 +101,8 @@ class Home:
         self.store = path / "store"
         self.outbox_file = path / "outbox.db"
         self.desired_file = path / "state" / "desired.json"
+        self.trust = path / "trust"
+        self.inbox = path / "inbox"
 
     def profile(self) -> Profile:
         """The device's profile."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-from base64 import urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64encode
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +24,9 @@ from pydantic import ValidationError
 from edge_agent.config import Home, Identity, Profile
 from edge_agent.credentials import KeyStore, store
 from edge_agent.hardware import find_hardware
+from model_registry.trust.client import TrustClient
+from model_registry.trust.clock import TrustedClock
+from model_registry.trust.trusted import TrustedSet
 from wire.errors import ConflictError, InvalidInputError, NotAuthenticatedError, UnavailableError
 from wire.exposure import is_loopback
 from wire.messages import Hardware
@@ -32,8 +35,11 @@ from wire.process import replace_durably
 TIMEOUT_S = 20.0
 
 
-def enrol(home: Home, url: str, token: str, profile: Profile, keys: KeyStore) -> Identity:
-    """Trade `token` for an identity; everything is on disk when this returns, the identity last."""
+def enrol(home: Home, url: str, token: str, profile: Profile, keys: KeyStore, *, root: bytes | None = None) -> Identity:
+    """Trade `token` for an identity; everything is on disk when this returns, the identity last.
+
+    `root` is a root of trust that came another way and is believed instead of the control plane's.
+    """
     if home.identity_file.exists():
         raise ConflictError(f"{home.path} is enrolled already", remedy="use another folder or delete this one")
     home.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -51,7 +57,9 @@ def enrol(home: Home, url: str, token: str, profile: Profile, keys: KeyStore) ->
             trust=answer["trust"],
         )
         certificate, authority = str(answer["certificate_pem"]), str(answer["ca_pem"])
-    except (KeyError, TypeError, ValidationError) as error:
+        trusted_root = root or b64decode(identity.trust.root, validate=True)
+        TrustedSet(trusted_root, TrustedClock())
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise InvalidInputError(f"the control plane's answer is malformed: {error}", remedy="check --url") from error
     document = yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False)
     store(home.certificate_file, keys, key, certificate)
@@ -60,6 +68,7 @@ def enrol(home: Home, url: str, token: str, profile: Profile, keys: KeyStore) ->
         (home.profile_file, document.encode()),
         (home.identity_file, identity.model_dump_json(indent=1).encode()),
     ]
+    TrustClient.initialise(home.trust, trusted_root)
     for path, data in files:
         replace_durably(path, data, mode=0o600)
     return identity

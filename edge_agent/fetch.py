@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_agent.config import Identity
 from edge_agent.slots import ChunkIndex, Partial, Store
-from model_registry.manifest import MAX_MANIFEST_BYTES, Manifest, ReleaseArtefact
-from model_registry.trust import MAX_SIGNED_RELEASE_BYTES
+from model_registry.manifest import MAX_MANIFEST_BYTES, Chunk, Manifest, ReleaseArtefact
 from wire.errors import (
     ForeshoreError,
     IntegrityError,
@@ -67,16 +66,19 @@ class HttpSource:
         import httpx
 
         if self._opened is None:
-            self._opened = httpx.AsyncClient(base_url=self._url, verify=self._tls, timeout=HTTP_TIMEOUT_S)
+            plain = {"accept-encoding": "identity"}  # a size limit counts what arrives: nothing is unpacked on the way
+            self._opened = httpx.AsyncClient(
+                base_url=self._url, verify=self._tls, timeout=HTTP_TIMEOUT_S, headers=plain
+            )
         return self._opened
 
-    async def release(self, digest: str) -> bytes:
-        """The signed envelope of a release."""
-        return await self._get(f"/api/v1/releases/{digest}", MAX_SIGNED_RELEASE_BYTES)
+    async def release(self, digest: str, size_bytes: int) -> bytes:
+        """The bytes of a release."""
+        return await self._get(f"/api/v1/releases/{digest}", size_bytes)
 
-    async def manifest(self, digest: str) -> bytes:
+    async def manifest(self, digest: str, size_bytes: int) -> bytes:
         """The bytes of a manifest."""
-        return await self._get(f"/api/v1/manifests/{digest}", MAX_MANIFEST_BYTES)
+        return await self._get(f"/api/v1/manifests/{digest}", min(size_bytes, MAX_MANIFEST_BYTES))
 
     async def chunk(self, digest: str, size_bytes: int) -> bytes:
         """The bytes of a chunk, verified."""
@@ -123,8 +125,12 @@ class HttpSource:
                     if answer.status_code == 404:
                         raise NotFoundError(f"{path} does not exist", remedy="publish it again")
                     answer.raise_for_status()
+                    if answer.headers.get("content-encoding", "identity") != "identity":
+                        raise IntegrityError(f"{path} comes encoded", remedy="serve it as it is")
+                    if int(answer.headers.get("content-length", "0")) > max_bytes:
+                        raise TooLargeError(f"{path} announces more than {max_bytes} bytes", remedy="refused")
                     parts, size = [], 0
-                    async for part in answer.aiter_bytes():
+                    async for part in answer.aiter_raw():  # no decompressor sees what is not verified
                         size += len(part)
                         if size > max_bytes:
                             raise TooLargeError(f"{path} sends more than {max_bytes} bytes", remedy="refused")
@@ -158,11 +164,13 @@ class Fetch:
         send_need: Callable[[Need], bool],
         progress: Progress,
         stall_s: float,
+        find_beside: Callable[[Chunk], bytes | None] = lambda _: None,
     ) -> None:
         self._store, self._manifest, self._http = store, manifest, http
         self._digest = manifest.digest
         self._need, self._progress, self._stall_s = send_need, progress, stall_s
         self._encoding = encoding
+        self._find_beside = find_beside  # verified chunks out of a bundle
         self._queue: asyncio.Queue[tuple[bytes, Callable[[], None]]] = asyncio.Queue(maxsize=64)
 
     def receive(self, payload: bytes, ack: Callable[[], None]) -> None:
@@ -178,7 +186,8 @@ class Fetch:
         held = [digest for digest in self._store.held() if self._store.find_manifest(digest)]
         index = await asyncio.to_thread(self._store.find_chunks, held)
         self._progress.bytes_total, self._progress.encoding = self._manifest.size_bytes, self._encoding
-        await asyncio.to_thread(_reuse, partial, index)
+        await asyncio.to_thread(_reuse, partial, lambda chunk: index.find(chunk.digest))
+        await asyncio.to_thread(_reuse, partial, self._find_beside)
         self._progress.bytes_done = partial.bytes_done
         if partial.missing() and not await self._from_mqtt(partial, index, held):
             await self._from_http(partial)
@@ -260,10 +269,10 @@ class Fetch:
             await asyncio.to_thread(self._store_chunk, partial, index, data)
 
 
-def _reuse(partial: Partial, index: ChunkIndex) -> None:
+def _reuse(partial: Partial, find: Callable[[Chunk], bytes | None]) -> None:
     batch: list[tuple[int, bytes]] = []
     for missing in partial.missing():
-        data = index.find(partial.places[missing].chunk.digest)
+        data = find(partial.places[missing].chunk)
         if data is not None:
             batch.append((missing, data))
         if len(batch) >= REUSE_CHUNKS:

@@ -8,7 +8,8 @@ Rules, in this order:
 3. Every event of work carries the ticket of the action it answers; an answer to an older action changes nothing.
 4. Attempts are bounded: crashes while the new model was loaded, crashes of the committed one, damaged downloads,
    journal writes.
-5. A wish that ended badly is not tried again until the wish changes or its `attempt` rises.
+5. A wish that ended badly is not tried again until the wish changes or its `attempt` rises; one that ended only for
+   want of trusted metadata is, once newer metadata is there.
 6. A committed model that cannot run and has nothing to fall back to is suspended, never forgotten: each `Retry` tries
    it again, in a process of its own first.
 No clock, disk, network or randomness here.
@@ -19,6 +20,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from model_registry.trust.errors import PASSING, REFUSALS
 from wire.messages import DesiredModel, Phase, Result
 from wire.window import Window
 
@@ -39,7 +41,11 @@ ORDER = (
 )  # fmt: skip
 _LOADED = frozenset({Phase.STAGED, Phase.PROBE, Phase.SWITCH, Phase.SOAK})
 _SWITCHED = frozenset({Phase.SWITCH, Phase.SOAK})
-_REFUSALS = frozenset({"bad_signature", "integrity", "unsupported_model", "unknown_version", "too_large", "refused"})
+_REFUSALS = REFUSALS | {
+    "bad_signature", "integrity", "invalid_input", "unsupported_model", "unknown_version", "too_large", "refused",
+    "expired_wish",
+}  # fmt: skip
+_WAITS_FOR_TRUST = PASSING | {"expired_wish"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,12 @@ class Restored:
     manifest: str
 
 
-Event = Wish | Done | Failed | Restarted | Healthy | RestoreFailed | Retry | Restored
+@dataclass(frozen=True)
+class TrustRenewed:
+    """Newer metadata or a newer wish was accepted: what failed only for want of it may begin again."""
+
+
+Event = Wish | Done | Failed | Restarted | Healthy | RestoreFailed | Retry | Restored | TrustRenewed
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,9 @@ def _react(state: SlotState, event: Event) -> tuple[SlotState, tuple[Action, ...
             return _restart(state)
         case Healthy() if state.unhealthy_starts and not state.suspended:
             return replace(state, unhealthy_starts=0), ()
+        case TrustRenewed() if state.wanted is not None and _lacked_trust(state):
+            begun = replace(_fresh(state, state.wanted), phase=Phase.PREFLIGHT)
+            return begun, (Perform(Phase.PREFLIGHT, begun.ticket),)
         case RestoreFailed(manifest=manifest) if state.runnable is not None and state.runnable.manifest == manifest:
             return _fall_back(state, f"{event.code}: {event.sentence}")
         case Retry() if state.suspended and not state.is_working:
@@ -316,6 +330,11 @@ def _fresh(state: SlotState, wanted: Wanted) -> SlotState:
         reason=None,
         phase=Phase.IDLE,
     )
+
+
+def _lacked_trust(state: SlotState) -> bool:
+    code = (state.reason or "").partition(":")[0]
+    return not state.is_working and state.phase != Phase.REMOVED and code in _WAITS_FOR_TRUST
 
 
 def _advance(state: SlotState) -> tuple[SlotState, tuple[Action, ...]]:

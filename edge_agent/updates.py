@@ -15,8 +15,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Protocol
+
+from tuf.api.metadata import TargetFile
 
 from edge_agent.conduct import complaint
 from edge_agent.config import Home, Identity, Profile
@@ -48,9 +49,8 @@ from edge_agent.state import (
     step,
 )
 from edge_agent.trial import try_out
-from edge_agent.verify import RefusedError, check_fresh, open_manifest, open_release
+from edge_agent.verify import DeviceTrust, RefusedError, check_fresh, open_manifest, open_release
 from model_registry.manifest import Manifest, ReleaseArtefact
-from model_registry.trust import KeyRing
 from wire.errors import ForeshoreError, InsufficientSpaceError, TimedOutError
 from wire.messages import Desired, ModelState, Phase
 
@@ -69,8 +69,11 @@ class SoakFailedError(ForeshoreError):
 class Content(Protocol):
     """Where releases, manifests and chunks come from."""
 
-    async def release(self, digest: str) -> bytes:
-        """A signed release."""
+    async def listed(self, model: str, release: str) -> TargetFile:
+        """What a publisher's fresh metadata says about a release."""
+
+    async def release(self, digest: str, size_bytes: int) -> bytes:
+        """The bytes of a release, no more than `size_bytes`."""
 
     async def manifest(self, digest: str, size_bytes: int) -> bytes:
         """The bytes of a manifest."""
@@ -86,7 +89,7 @@ class Device:
     home: Home
     identity: Identity
     profile: Profile
-    publishers: KeyRing
+    trust: DeviceTrust
     store: Store
     engines: Engines
     content: Content
@@ -231,7 +234,7 @@ class Update:
         device = self._device
         desired = device.desired()
         if desired is not None:
-            check_fresh(desired, datetime.now(UTC))
+            check_fresh(desired, await asyncio.to_thread(device.trust.now))
         if wanted.target not in device.profile.targets:
             raise RefusedError(f"target {wanted.target!r} is not for this device", remedy=str(device.profile.targets))
         await self._collect()
@@ -241,12 +244,12 @@ class Update:
         await asyncio.to_thread(device.store.preflight, manifest)
 
     async def _manifest(self, wanted: Wanted) -> Manifest:
-        """The signed release, then the manifest it names; kept in the store."""
+        """The listed release, then the manifest it names; kept in the store."""
         device = self._device
-        envelope = await device.content.release(wanted.release)
+        listed = await device.content.listed(self.state.name, wanted.release)
         _, self._artefact = open_release(
-            envelope,
-            device.publishers,
+            await device.content.release(wanted.release, listed.length),
+            listed,
             digest=wanted.release,
             tenant=device.identity.tenant,
             name=self.state.name,

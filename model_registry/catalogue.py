@@ -1,8 +1,8 @@
 """What exists: questions to and changes of the catalogue, each inside the caller's session and transaction.
 
-Nothing here commits; after an error the caller rolls its transaction back. A release enters only with its signed
-envelope, already verified by the caller; it never changes afterwards, and its sequence is higher than that of every
-release of the name before it.
+Nothing here commits; after an error the caller rolls its transaction back. A release enters only once a
+publisher's metadata lists it, which the caller has verified; it never changes afterwards, and its sequence is higher
+than that of every release of the name before it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
         command.upgrade(config, revision)
 
 
-def add_release(session: Session, release: Release, envelope: bytes) -> ReleaseRow:
-    """Enter a verified release; entering the same one again changes nothing.
+def add_release(session: Session, release: Release) -> ReleaseRow:
+    """Enter a listed release; entering the same one again changes nothing.
 
     Raises `ConflictError` when the version is taken, the sequence is not the highest, or the kind changed.
     """
@@ -71,7 +71,7 @@ def add_release(session: Session, release: Release, envelope: bytes) -> ReleaseR
         source_format=release.source_format,
         source_digest=release.source_digest,
         created_at=_instant(release.created_at),
-        envelope=envelope,
+        document=release.to_bytes(),
         artefacts=[_artefact_row(release, place) for place in range(len(release.artefacts))],
     )
     try:

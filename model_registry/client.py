@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 from model_registry.blobs import check_digest, copy_verified, file_pieces
 from model_registry.manifest import (
@@ -227,15 +228,32 @@ class ControlClient:
             self.transport.pause(attempt)
             attempt = min(attempt + 1, MAX_TRIES)
 
-    def sign_publication(self, publication_id: str, envelope: bytes) -> Publication:
-        """Hand in the signed release; the same one may be handed in again, so a lost answer costs nothing."""
-        body = {"envelope": base64.b64encode(envelope).decode()}
+    def sign_publication(self, publication_id: str, role: str, metadata: bytes) -> Publication:
+        """Hand in the publisher's metadata that lists the release; once more does no harm if an answer was lost."""
+        body = {"role": role, "metadata": base64.b64encode(metadata).decode()}
         path = f"publications/{publication_id}/sign"
         return publication_of(self.transport.call("POST", path, body=body, is_repeatable=True))
 
     def cancel_publication(self, publication_id: str) -> None:
         """Stop the jobs of a publication."""
         self.post(f"publications/{publication_id}/cancel")
+
+    # trust
+
+    def get_trust(self) -> Json:
+        """Roles, what waits for signatures, the newest online keys."""
+        return dict(self.get("trust"))
+
+    def submit_metadata(self, role: str, metadata: bytes) -> Json:
+        """Hand in a signed document of root, targets or a publisher."""
+        return dict(self.post("trust/metadata", {"role": role, "metadata": base64.b64encode(metadata).decode()}))
+
+    def find_metadata(self, name: str, max_bytes: int) -> bytes | None:
+        """A file of the TUF repository, unverified; None when there is none of this name."""
+        try:
+            return self.transport.fetch("GET", f"trust/metadata/{quote(name, safe='')}", max_bytes=max_bytes)
+        except NotFoundError:
+            return None
 
     # compile jobs
 

@@ -2,8 +2,8 @@
 
 A `Manifest` describes one artefact (one model, one target): its files as sequences of chunks, how it runs, what it
 needs, golden inputs and what the gates measured. A `Release` names one version of a model and the manifests of its
-artefacts by target; the publisher signs the release (see `wire.envelope`, `RELEASE_TYPE`), and through the digests
-everything below it. Both are parsed strictly and within size limits. This file never touches disk or network.
+artefacts by target; the publisher's signed metadata lists the release's digest (see `trust.roles`), and through the
+digests everything below it. Both are parsed strictly and within size limits. This file never touches disk or network.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class ReleaseArtefact(_Document):
 
 
 class Release(_Document):
-    """One version of a model for all its targets: the document that the publisher signs."""
+    """One version of a model for all its targets: the document whose digest the publisher signs."""
 
     schema_: Literal["foreshore.release/1"] = Field(default="foreshore.release/1", alias="schema")
     tenant: Name
@@ -221,7 +221,7 @@ class Release(_Document):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     def to_bytes(self) -> bytes:
-        """The canonical bytes: what is signed, and what the release's digest is taken of."""
+        """The canonical bytes: what the release's digest, which is what publishers sign, is taken of."""
         return canonical_bytes(self.model_dump(mode="json", by_alias=True, exclude_none=True))
 
     @property

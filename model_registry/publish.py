@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from model_registry.client import ControlClient, JobState, Publication
 from model_registry.manifest import GateResult, Kind, Manifest, Release, ReleaseArtefact, parse_release
 from model_registry.sources import Source, SourceFile, hash_file, hash_source, recognise
 from model_registry.transport import error_of
-from model_registry.trust import sign_release
 from wire.errors import ConflictError, ForeshoreError, GateFailedError, IntegrityError, InvalidInputError
 
 MAX_GOLDEN_BYTES = 256 << 20
+SIGN_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,14 @@ class PublishResult:
     uploaded_bytes: int
     source_bytes: int
     manifests: Mapping[str, Manifest] = field(default_factory=dict)  # by target
+    is_released: bool = True  # False: more publishers' keys have to sign
+
+
+class ReleaseLister(Protocol):
+    """Signs for a publisher; `trust.desk.SigningDesk` is one."""
+
+    def list_release(self, release: Release) -> tuple[str, bytes]:
+        """Role and signed metadata of the publisher's list with this release on it."""
 
 
 class Observer(Protocol):
@@ -70,11 +76,11 @@ class Observer(Protocol):
 
 
 class Publisher:
-    """Publishes with one key to one control plane."""
+    """Publishes as one publisher to one control plane."""
 
-    def __init__(self, client: ControlClient, key: Ed25519PrivateKey, observer: Observer) -> None:
+    def __init__(self, client: ControlClient, lister: ReleaseLister, observer: Observer) -> None:
         self._client = client
-        self._key = key
+        self._lister = lister
         self._observer = observer
 
     def publish(self, request: PublishRequest) -> PublishResult:
@@ -87,12 +93,25 @@ class Publisher:
         publication = self._wait(publication)
         release, manifests = self._check(request, source, publication)
         self._observer.begin("sign", 0)
-        done = self._client.sign_publication(publication.publication_id, sign_release(release, self._key))
-        if done.state != "released":
+        done = self._sign(publication.publication_id, release)
+        if done.state not in ("released", "awaiting_signature"):
             raise ConflictError(f"the publication is {done.state} after signing", remedy="see: foreshore models")
+        is_released = done.state == "released"
         return PublishResult(
-            publication.publication_id, release, release.digest, uploaded, source.size_bytes, manifests
+            publication.publication_id, release, release.digest, uploaded, source.size_bytes, manifests, is_released
         )
+
+    def _sign(self, publication_id: str, release: Release) -> Publication:
+        """List the release; when somebody listed another one meanwhile, upon that newer list."""
+        for attempt in range(SIGN_TRIES):
+            role, metadata = self._lister.list_release(release)
+            try:
+                return self._client.sign_publication(publication_id, role, metadata)
+            except ConflictError:
+                if attempt == SIGN_TRIES - 1:
+                    raise
+                self._client.transport.pause(attempt)
+        raise AssertionError("unreachable")
 
     def _hash(self, source: Source) -> Source:
         self._observer.say(source.summary)

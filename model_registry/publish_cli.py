@@ -1,48 +1,37 @@
-"""The commands `foreshore publish` and `foreshore keys`, mounted by the `foreshore` entry point.
+"""The command `foreshore publish`, mounted by the `foreshore` entry point.
 
-Commands only gather what a person said and print what came of it; the work is in `publish`, `trust` and `client`.
+It only gathers what a person said and prints what came of it; the work is in `publish`, `trust` and `client`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from model_registry.exit_codes import INTERRUPTED, exit_code
-from model_registry.login import ConnectionOptions, Login, config_folder, find_login
+from model_registry import command
+from model_registry.command import AsJson, PassphraseFile, TokenFile, Url
 from model_registry.manifest import Vision
 from model_registry.publish import Publisher, PublishRequest, PublishResult
 from model_registry.publish_view import PublishView
-from model_registry.trust import create_key, decode_public_key, encode_public_key, load_key
-from wire.envelope import key_id
-from wire.errors import ForeshoreError, InvalidInputError, NotFoundError
+from model_registry.trust.desk import SigningDesk
+from wire.errors import InvalidInputError, NotFoundError
 
 MAX_DOCUMENT_BYTES = 4 << 20
 
-Url = Annotated[str | None, typer.Option("--url", help="Control plane; else FORESHORE_URL, else the login.")]
-TokenFile = Annotated[Path | None, typer.Option("--token-file", help="File with the API token.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object last, for programs.")]
-KeyFile = Annotated[Path | None, typer.Option("--key", help="Publisher key [~/.config/foreshore/publisher.pem].")]
-PassphraseFile = Annotated[
-    Path | None, typer.Option("--passphrase-file", help="Key's passphrase; else FORESHORE_KEY_PASSPHRASE.")
+KeyFiles = Annotated[
+    list[Path] | None, typer.Option("--key", help="Publisher key [~/.config/foreshore/keys/publisher.pem].")
 ]
-
-keys_app = typer.Typer(no_args_is_help=True, help="Publisher keys: who may sign releases.")
 
 
 def register(app: typer.Typer) -> None:
-    """Mount the commands of this file on `app`."""
+    """Mount the command of this file on `app`."""
     app.command("publish")(publish)
-    app.add_typer(keys_app, name="keys")
 
 
 def publish(
@@ -57,7 +46,7 @@ def publish(
     golden: Annotated[Path | None, typer.Option(help="Inputs with right outputs (.npz or .json).")] = None,
     vision: Annotated[Path | None, typer.Option(help="How images become input (.json or .yaml).")] = None,
     tenant: Annotated[str | None, typer.Option(help="Tenant that the release must name.")] = None,
-    key: KeyFile = None,
+    key: KeyFiles = None,
     passphrase_file: PassphraseFile = None,
     url: Url = None,
     token_file: TokenFile = None,
@@ -67,10 +56,10 @@ def publish(
 
     Example: foreshore publish mobilenet_v2.onnx --name vision --targets cpu-x86,jetson-orin
     """
-    options = _options(context, url, token_file, as_json)
+    options = command.connection(context, url, token_file, as_json)
 
     def work() -> dict[str, Any]:
-        login = _login(options)
+        login = command.login_of(options)
         request = PublishRequest(
             path=path,
             name=name,
@@ -83,152 +72,17 @@ def publish(
             vision=_vision(vision) if vision else None,
             tenant=tenant or login.tenant,
         )
-        signer = load_key(key or _default_key(), _passphrase(passphrase_file))
+        files = key or [command.keys_folder() / "publisher.pem"]
+        keys = command.load_keys(files, command.passphrase(passphrase_file))
         with login.connect() as client, PublishView(Console(stderr=options.as_json)) as view:
-            result = Publisher(client, signer, view).publish(request)
+            desk = SigningDesk(client, files[0].parent / "trust", keys)
+            result = Publisher(client, desk, view).publish(request)
+            if desk.first_root_keys:
+                view.say(f"this control plane's root is trusted from now on; its keys: {desk.first_root_keys}")
             view.finish()
         return _summary(result)
 
-    _run(options, work, _say_published)
-
-
-@keys_app.command("create")
-def keys_create(
-    context: typer.Context,
-    path: Annotated[Path | None, typer.Argument(help="File to write [~/.config/foreshore/publisher.pem].")] = None,
-    passphrase_file: PassphraseFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a new publisher key in a file that only you can read.
-
-    Example: foreshore keys create
-    """
-    target = path or _default_key()
-    _run(_options(context, None, None, as_json), lambda: _create(target, passphrase_file), _say_key)
-
-
-@keys_app.command("show")
-def keys_show(
-    context: typer.Context,
-    path: Annotated[Path | None, typer.Argument(help="Key file [~/.config/foreshore/publisher.pem].")] = None,
-    passphrase_file: PassphraseFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print the public half of a key and its id.
-
-    Example: foreshore keys show
-    """
-    target = path or _default_key()
-    _run(_options(context, None, None, as_json), lambda: _show(target, passphrase_file), _say_key)
-
-
-@keys_app.command("add")
-def keys_add(
-    context: typer.Context,
-    name: Annotated[str, typer.Option(help="Whose key this is.")],
-    key: Annotated[str | None, typer.Argument(help="Public key in base64, or a key file.")] = None,
-    passphrase_file: PassphraseFile = None,
-    url: Url = None,
-    token_file: TokenFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let a key sign releases (administrators only).
-
-    Example: foreshore keys add --name alice
-    """
-    options = _options(context, url, token_file, as_json)
-
-    def work() -> dict[str, Any]:
-        public_key = _public_key(key, passphrase_file)
-        with _login(options).connect() as client:
-            answer = client.post("publisher-keys", {"public_key": public_key, "name": name}) or {}
-        return {"key_id": key_id(decode_public_key(public_key)), "public_key": public_key, "name": name, **answer}
-
-    _run(options, work, _say_key)
-
-
-@keys_app.command("list")
-def keys_list(context: typer.Context, url: Url = None, token_file: TokenFile = None, as_json: AsJson = False) -> None:
-    """List the keys that may sign releases.
-
-    Example: foreshore keys list
-    """
-    options = _options(context, url, token_file, as_json)
-
-    def work() -> dict[str, Any]:
-        with _login(options).connect() as client:
-            answer = client.get("publisher-keys")
-        return answer if isinstance(answer, dict) else {"items": answer}
-
-    def say(result: dict[str, Any]) -> None:
-        for item in result.get("items", []):
-            typer.echo(f"{str(item.get('key_id', ''))[:16]}  {item.get('name', '')}")
-
-    _run(options, work, say)
-
-
-def _run(options: ConnectionOptions, work: Callable[[], dict[str, Any]], say: Callable[[dict[str, Any]], None]) -> None:
-    try:
-        result = work()
-    except ForeshoreError as error:
-        _fail(options, error)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if options.as_json:
-        typer.echo(json.dumps(result))
-    else:
-        say(result)
-
-
-def _fail(options: ConnectionOptions, error: ForeshoreError) -> NoReturn:
-    typer.echo(f"{error.code}: {error}", err=True)
-    if log := error.details.get("log"):
-        typer.echo(log, err=True)
-    if options.as_json:
-        typer.echo(json.dumps({"error": error.to_dict()}, default=str))
-    raise typer.Exit(exit_code(error)) from error
-
-
-def _options(context: typer.Context, url: str | None, token_file: Path | None, as_json: bool) -> ConnectionOptions:
-    outer = context.find_object(ConnectionOptions) or ConnectionOptions()
-    return ConnectionOptions(url or outer.url, token_file or outer.token_file, as_json or outer.as_json)
-
-
-def _login(options: ConnectionOptions) -> Login:
-    return find_login(options, os.environ, Path.home())
-
-
-def _default_key() -> Path:
-    return config_folder(os.environ, Path.home()) / "publisher.pem"
-
-
-def _passphrase(path: Path | None) -> str | None:
-    if path is None:
-        return os.environ.get("FORESHORE_KEY_PASSPHRASE")
-    try:
-        return path.read_text().rstrip("\r\n")
-    except OSError as error:
-        raise InvalidInputError(f"passphrase file {path} cannot be read", remedy="give a text file") from error
-
-
-def _create(path: Path, passphrase_file: Path | None) -> dict[str, Any]:
-    return _described(path, create_key(path, _passphrase(passphrase_file)).public_key())
-
-
-def _show(path: Path, passphrase_file: Path | None) -> dict[str, Any]:
-    return _described(path, load_key(path, _passphrase(passphrase_file)).public_key())
-
-
-def _described(path: Path, public_key: Any) -> dict[str, Any]:
-    return {"key_id": key_id(public_key), "public_key": encode_public_key(public_key), "path": str(path)}
-
-
-def _public_key(key: str | None, passphrase_file: Path | None) -> str:
-    path = Path(key) if key else _default_key()
-    if key and not path.exists():
-        return encode_public_key(decode_public_key(key))
-    return encode_public_key(load_key(path, _passphrase(passphrase_file)).public_key())
+    command.run(options, work, _say_published)
 
 
 def _kind(kind: str | None) -> Any:
@@ -267,6 +121,7 @@ def _summary(result: PublishResult) -> dict[str, Any]:
     return {
         "publication_id": result.publication_id,
         "release": result.release_digest,
+        "is_released": result.is_released,
         "tenant": release.tenant,
         "name": release.name,
         "version": release.version,
@@ -288,18 +143,13 @@ def _summary(result: PublishResult) -> dict[str, Any]:
 
 
 def _say_published(result: dict[str, Any]) -> None:
-    typer.echo(f"released {result['name']} {result['version']}  {result['release'][:16]}")
+    done = "released" if result["is_released"] else "signed, others have to sign too:"
+    typer.echo(f"{done} {result['name']} {result['version']}  {result['release'][:16]}")
     for artefact in result["artefacts"]:
         typer.echo(
             f"  {artefact['target']:<16} {artefact['precision']:<8} {artefact['runtime']:<18} "
             f"{artefact['size_bytes'] / (1 << 20):.1f} MiB"
         )
-
-
-def _say_key(result: dict[str, Any]) -> None:
-    if "path" in result:
-        typer.echo(f"key file    {result['path']}")
-    typer.echo(f"key id      {result['key_id']}\npublic key  {result['public_key']}")
 
 
 app = typer.Typer(no_args_is_help=True)

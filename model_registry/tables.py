@@ -69,7 +69,7 @@ class ModelRow(Base):
 
 
 class ReleaseRow(Base):
-    """One signed release; the envelope is kept as it was signed, the columns are copies for queries."""
+    """One release that a publisher lists; its canonical bytes are kept, the columns are copies for queries."""
 
     __tablename__ = "registry_release"
     __table_args__ = (
@@ -88,7 +88,7 @@ class ReleaseRow(Base):
     source_format: Mapped[str] = mapped_column(String(32))
     source_digest: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[datetime]
-    envelope: Mapped[bytes] = mapped_column(LargeBinary)
+    document: Mapped[bytes] = mapped_column(LargeBinary)
     artefacts: Mapped[list[ArtefactRow]] = relationship(
         back_populates="release", order_by="ArtefactRow.place", cascade="all, delete-orphan", lazy="selectin"
     )

@@ -20,7 +20,6 @@ from wire.window import Window
 VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 1024
 DESIRED_TYPE = "application/vnd.foreshore.desired+json;v=1"
-RELEASE_TYPE = "application/vnd.foreshore.release+json;v=1"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")]

@@ -81,7 +81,7 @@ def announce(session: Session, kind: str, tenant: str, data: dict[str, Any]) -> 
     session.info.setdefault("announced", []).append(Happening(kind, tenant, data))
 
 
-def after_commit(session: Session, follow: Callable[[], None]) -> None:
+def after_commit(session: Session, follow: Callable[[], object]) -> None:
     """Call `follow` once this transaction is committed and the writer's lock is free."""
     session.info.setdefault("after_commit", []).append(follow)
 

@@ -23,7 +23,7 @@ from cloud.control.device_filter import condition, parse_filter
 from cloud.control.identity import Principal
 from cloud.control.tables import Device, Group
 from wire import topics
-from wire.envelope import sign
+from wire.envelope import key_id, parse_envelope, sign
 from wire.errors import ConflictError, InvalidInputError, NotFoundError
 from wire.messages import DESIRED_TYPE, Desired, DesiredModel, Reported, Status
 
@@ -35,6 +35,9 @@ MAX_LABELS = 32
 SendDesired = Callable[[str, str, bytes], None]
 """Tenant, device, envelope: puts the retained document on the broker, or leaves it for the next republication."""
 
+FindDirector = Callable[[str], Ed25519PrivateKey]
+"""Tenant -> the key that its root of trust lets sign assignments."""
+
 _LABEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,63}")
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9_.:@/+-]{1,100}")
 
@@ -42,9 +45,9 @@ _LABEL_VALUE = re.compile(r"[A-Za-z0-9_.:@/+-]{1,100}")
 class Fleet:
     """The devices and groups of all tenants."""
 
-    def __init__(self, database: Database, key: Ed25519PrivateKey, send: SendDesired) -> None:
+    def __init__(self, database: Database, director: FindDirector, send: SendDesired) -> None:
         self._database = database
-        self._key = key
+        self._director = director
         self._send = send
 
     # what devices shall run
@@ -76,7 +79,8 @@ class Fleet:
             soon = datetime.now(UTC) + RENEW_BEFORE
             devices = list(session.scalars(select(Device).where(Device.revoked_at.is_(None))))
             for device in devices:
-                if device.desired_envelope is None or (device.desired_expires_at or soon) < soon:
+                is_old = (device.desired_expires_at or soon) < soon
+                if device.desired_envelope is None or is_old or not self._is_by_director(device):
                     device.generation += 1
                     self._seal(session, device)
                 else:
@@ -102,8 +106,12 @@ class Fleet:
             expires_at=device.desired_expires_at,
             models=[DesiredModel.model_validate(one) for one in device.desired_models],
         )
-        device.desired_envelope = sign(DESIRED_TYPE, desired.to_bytes(), self._key).to_bytes()
+        device.desired_envelope = sign(DESIRED_TYPE, desired.to_bytes(), self._director(device.tenant)).to_bytes()
         self._follow(session, device)
+
+    def _is_by_director(self, device: Device) -> bool:
+        director = key_id(self._director(device.tenant).public_key())
+        return any(one.key_id == director for one in parse_envelope(device.desired_envelope or b"").signatures)
 
     def _follow(self, session: Session, device: Device) -> None:
         tenant, device_id, envelope = device.tenant, device.device_id, device.desired_envelope or b""

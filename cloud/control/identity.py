@@ -24,10 +24,8 @@ from cloud.control.authority import Authority, Issued, check_user
 from cloud.control.certificates import Certificates, PeerCertificate, revoke_all
 from cloud.control.database import Database, announce
 from cloud.control.device_facts import store_facts
-from cloud.control.tables import Device, Enrolment, PublisherKey, Token
-from model_registry.trust import KeyRing, decode_public_key, key_ring
+from cloud.control.tables import Device, Enrolment, Token
 from wire import topics
-from wire.envelope import key_id
 from wire.errors import ConflictError, InvalidInputError, NotAllowedError, NotAuthenticatedError, NotFoundError
 
 DEFAULT_TENANT = "default"
@@ -175,15 +173,16 @@ class Identity:
             audit.record(session, tenant=tenant, actor=by.subject, action="enrolment.create", subject=device_id)
         return row, secret
 
+    def tenant_of_enrolment(self, secret: str) -> str:
+        """Where this enrolment leads, without spending it; raises as `enrol` does."""
+        with self._database.read() as session:
+            return _usable(session, secret, datetime.now(UTC)).tenant
+
     def enrol(self, secret: str, csr_pem: str, hardware: dict[str, Any]) -> tuple[Device, Issued, str]:
         """Spend an enrolment: the device's row, its certificate and its API token. All or nothing."""
         with self._database.write() as session:
-            row = session.scalar(select(Enrolment).where(Enrolment.secret_digest == _digest(secret[:MAX_TOKEN_CHARS])))
             now = datetime.now(UTC)
-            if row is None or row.used_at is not None or row.expires_at < now:
-                raise NotAuthenticatedError(
-                    "this enrolment token is unknown, used or expired", remedy="make a new one: foreshore enrolments"
-                )
+            row = _usable(session, secret, now)
             issued = self.certificates.issue(session, row.tenant, row.device_id, csr_pem)
             row.used_at = now
             device = self._put_device(session, row, issued, hardware, now)
@@ -215,37 +214,6 @@ class Identity:
             revoke_all(session, by.tenant, device_id, now)
             audit.record(session, tenant=by.tenant, actor=by.subject, action="device.revoke", subject=device_id)
             announce(session, "device", by.tenant, {"device_id": device_id, "revoked": True})
-
-    # publisher keys
-
-    def add_publisher_key(self, by: Principal, public_key: str, name: str) -> PublisherKey:
-        """Trust one more publisher; adding the same key again changes nothing."""
-        identifier = key_id(decode_public_key(public_key))
-        with self._database.write() as session:
-            known = session.get(PublisherKey, (identifier, by.tenant))
-            if known is not None:
-                return known
-            row = PublisherKey(
-                key_id=identifier,
-                tenant=by.tenant,
-                name=name,
-                public_key=public_key,
-                added_by=by.subject,
-                added_at=datetime.now(UTC),
-            )
-            session.add(row)
-            audit.record(session, tenant=by.tenant, actor=by.subject, action="publisher_key.add", subject=identifier)
-        return row
-
-    def list_publisher_keys(self, tenant: str) -> list[PublisherKey]:
-        """Who may sign releases."""
-        with self._database.read() as session:
-            query = select(PublisherKey).where(PublisherKey.tenant == tenant).order_by(PublisherKey.added_at)
-            return list(session.scalars(query))
-
-    def publishers(self, tenant: str) -> KeyRing:
-        """The publishers' keys as a ring that verifies releases."""
-        return key_ring({row.key_id: row.public_key for row in self.list_publisher_keys(tenant)})
 
     def _add_token(
         self,
@@ -296,6 +264,15 @@ class Identity:
         device.boot_epoch = 0
         store_facts(session, device, set())
         return device
+
+
+def _usable(session: Session, secret: str, now: datetime) -> Enrolment:
+    row = session.scalar(select(Enrolment).where(Enrolment.secret_digest == _digest(secret[:MAX_TOKEN_CHARS])))
+    if row is None or row.used_at is not None or row.expires_at < now:
+        raise NotAuthenticatedError(
+            "this enrolment token is unknown, used or expired", remedy="make a new one: foreshore enrolments"
+        )
+    return row
 
 
 def new_id(kind: str) -> str:

@@ -20,7 +20,7 @@ from cloud.control.audit_chain import Verdict
 from cloud.control.authority import CONTROL_USER, Authority, Issued
 from cloud.control.broker import Broker, DeviceAccess, client_context
 from cloud.control.certificates import Holder
-from cloud.control.database import Database, announce
+from cloud.control.database import Database, after_commit, announce
 from cloud.control.decisions import Decisions
 from cloud.control.decisions import add as add_decision
 from cloud.control.delivery import Delivery
@@ -34,12 +34,12 @@ from cloud.control.publications import Publications
 from cloud.control.rollouts import Rollouts
 from cloud.control.settings import Settings
 from cloud.control.tables import DeviceEvent, Setting
+from cloud.control.trust import OnlineKeys, Trust
 from cloud.control.webhooks import Webhooks
 from model_registry import catalogue
 from model_registry.blobs import open_blob_store
-from model_registry.trust import create_key, encode_public_key, load_key
+from model_registry.trust.keys import create_key, load_key
 from wire import decision
-from wire.envelope import key_id
 from wire.errors import ForeshoreError, InvalidInputError
 from wire.messages import Event, Need, Reported, Status, parse
 from wire.process import free_port, replace_durably
@@ -61,19 +61,22 @@ class ControlPlane:
         self.database.upgrade()
         catalogue.upgrade(self.database.engine)
         self.blobs = open_blob_store(settings.blobs)
-        key_file = settings.home / "keys" / "control.pem"
-        self.key = load_key(key_file) if key_file.exists() else create_key(key_file)
+        self.trust = Trust(self.database, OnlineKeys(settings.home / "keys"))
+        secret_file = settings.home / "keys" / "client-ids.pem"
+        self._client_secret = load_key(secret_file) if secret_file.exists() else create_key(secret_file)
         self.authority = Authority(settings.home / "pki", settings.device_lifetime)
         self.identity = Identity(self.database, self.authority)
         self.guesses = Guesses(time.monotonic)
-        self.fleet = Fleet(self.database, self.key, self._send_desired)
+        self.fleet = Fleet(self.database, self.trust.director, self._send_desired)
         self.decisions = Decisions(self.database)
         self.rollouts = Rollouts(self.database, self.fleet, self.blobs)
         self.webhooks = Webhooks(self.database)
         self.jobs = Jobs(self.database, self.blobs, lease_s=settings.lease_s)
         self.publications = Publications(
-            self.database, self.blobs, self.jobs, self.identity, lambda name: find_target(settings, name)
+            self.database, self.blobs, self.jobs, self.trust, lambda name: find_target(settings, name)
         )
+        self.trust.on_accepted(self.publications.hear_trust)
+        self.trust.on_accepted(lambda session, *_: after_commit(session, self.fleet.republish))
         self.mqtt_host = settings.broker_host or settings.advertise_host
         self.mqtt_port = settings.broker_port if settings.broker_host else (settings.mqtt_port or free_port())
         self.broker = None if settings.broker_host else self._make_broker()
@@ -106,11 +109,6 @@ class ControlPlane:
             self.broker.stop()
         self.database.dispose()
 
-    def control_keys(self) -> dict[str, str]:
-        """The public keys whose signature a desired state must carry."""
-        public = self.key.public_key()
-        return {key_id(public): encode_public_key(public)}
-
     def server_certificate(self) -> tuple[Path, Path]:
         """Certificate and key files for what devices talk to: the broker and their HTTPS port."""
         settings = self.settings
@@ -125,7 +123,7 @@ class ControlPlane:
     def client_id(self, tenant: str, device_id: str) -> str:
         """The MQTT client id of a device. Nobody else can know it: whoever connects with it takes the session over."""
         user = mqtt_user(tenant, device_id)
-        secret = hashlib.sha256(self.key.private_bytes_raw() + b"foreshore mqtt client id").digest()
+        secret = hashlib.sha256(self._client_secret.private_bytes_raw() + b"foreshore mqtt client id").digest()
         return f"{user}-{hmac.new(secret, user.encode(), hashlib.sha256).hexdigest()[:32]}"
 
     def renew_certificate(self, holder: Holder, csr_pem: str) -> Issued:
@@ -233,6 +231,7 @@ class ControlPlane:
     def _tick(self) -> None:
         parts: Mapping[str, Callable[[], None]] = {
             "jobs": self.jobs.tick, "rollouts": self.rollouts.tick, "publications": self.publications.tick,
+            "trust": self.trust.tick,
         }  # fmt: skip
         while not self._is_stopping.wait(self.settings.tick_s):
             for name, tick in parts.items():

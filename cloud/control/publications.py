@@ -1,7 +1,8 @@
 """A model on its way to a signed release: jobs, then deltas, then bytes to sign, then the catalogue.
 
 A publication fails as a whole: one target's failed gate never gives a release without it. The control plane only
-proposes: nothing is in the catalogue before a publisher's signature over exactly the proposed bytes is verified.
+proposes: nothing is in the catalogue before publishers' metadata, signed by as many keys as it takes, lists exactly the
+proposed bytes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from sqlalchemy.orm import Session
 
 from cloud.control import audit
 from cloud.control.database import Database, announce
-from cloud.control.identity import Identity, Principal, new_id
+from cloud.control.identity import Principal, new_id
 from cloud.control.jobs import FINISHED, Jobs, jobs_of, shown
 from cloud.control.tables import Job, Publication
+from cloud.control.trust import Trust, listed_in
 from model_registry import catalogue
 from model_registry.blobs import BlobStore
 from model_registry.encodings import build_delta
@@ -31,8 +33,11 @@ from model_registry.manifest import (
     Release,
     ReleaseArtefact,
     parse_manifest,
+    parse_release,
 )
 from model_registry.sources import SourceFile, source_digest
+from model_registry.trust.repository import Repository
+from model_registry.trust.roles import release_path
 from wire.errors import ConflictError, ForeshoreError, IntegrityError, InvalidInputError, NotFoundError
 from wire.frames import MAX_CHUNK_BYTES
 from wire.topics import check_name
@@ -63,13 +68,11 @@ class PublicationOrder:
 class Publications:
     """The publications of all tenants."""
 
-    def __init__(
-        self, database: Database, blobs: BlobStore, jobs: Jobs, identity: Identity, find_target: FindTarget
-    ) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, jobs: Jobs, trust: Trust, find_target: FindTarget) -> None:
         self._database = database
         self._blobs = blobs
         self._jobs = jobs
-        self._identity = identity
+        self._trust = trust
         self._find_target = find_target
         jobs.on_finished = self._hear_job
 
@@ -138,31 +141,45 @@ class Publications:
             self._end(session, row, "cancelled", f"cancelled by {by.subject}", by.subject)
             return self._shown(session, row)
 
-    def sign(self, by: Principal, publication_id: str, envelope: bytes) -> dict[str, Any]:
-        """Take the signed release into the catalogue. The signed bytes must be the proposed ones."""
-        release = self._identity.publishers(by.tenant).verify_release(envelope)
+    def sign(self, by: Principal, publication_id: str, role: str, metadata: bytes) -> dict[str, Any]:
+        """Take in a publisher's metadata that lists the proposed release; released once enough keys have signed."""
         with self._database.write() as session:
             row = _get(session, by.tenant, publication_id)
-            if row.state == "released" and row.release_digest == release.digest:
+            if row.state == "released":  # the answer to the first time was lost
                 return self._shown(session, row)
             if row.state != "awaiting_signature" or row.release is None:
                 raise ConflictError(f"the publication is {row.state}", remedy="sign while it awaits the signature")
-            if release.to_bytes() != row.release:
-                raise IntegrityError("another release was signed", remedy="sign the bytes that the publication offers")
-            catalogue.add_release(session, release, envelope)
-            for artefact in release.artefacts:
-                manifest = self._manifest(artefact.manifest)
-                owned = [artefact.manifest, *(chunk.digest for chunk in manifest.chunk_list())]
-                for delta in artefact.deltas:
-                    owned += [delta.index, *_frames(self._blobs, delta)]
-                catalogue.add_references(session, by.tenant, release.digest, owned)
-            row.state, row.release_digest, row.updated_at = "released", release.digest, datetime.now(UTC)
+            entry = listed_in(role, metadata).targets.get(release_path(row.name, row.release_digest or ""))
+            if entry is None or entry.length != len(row.release) or entry.hashes.get("sha256") != row.release_digest:
+                raise IntegrityError("another release was signed", remedy="list the bytes that the publication offers")
+            self._trust.submit_in(session, by, role, metadata)
             audit.record(
-                session, tenant=by.tenant, actor=by.subject, action="release.sign", subject=release.digest,
-                details={"name": release.name, "version": release.version},
+                session, tenant=by.tenant, actor=by.subject, action="release.sign", subject=row.release_digest or "",
+                details={"name": row.name, "version": row.model_version, "role": role},
             )  # fmt: skip
-            _tell(session, row)
             return self._shown(session, row)
+
+    def hear_trust(self, session: Session, tenant: str, repository: Repository) -> None:
+        """New metadata is current: what it lists is released."""
+        waiting = select(Publication).where(Publication.tenant == tenant, Publication.state == "awaiting_signature")
+        for row in session.scalars(waiting):
+            if row.release is not None and repository.find_release(row.name, row.release_digest or "") is not None:
+                self._release(session, row, parse_release(row.release, expected_digest=row.release_digest))
+
+    def _release(self, session: Session, row: Publication, release: Release) -> None:
+        catalogue.add_release(session, release)
+        for artefact in release.artefacts:
+            manifest = self._manifest(artefact.manifest)
+            owned = [artefact.manifest, *(chunk.digest for chunk in manifest.chunk_list())]
+            for delta in artefact.deltas:
+                owned += [delta.index, *_frames(self._blobs, delta)]
+            catalogue.add_references(session, row.tenant, release.digest, owned)
+        row.state, row.updated_at = "released", datetime.now(UTC)
+        audit.record(
+            session, tenant=row.tenant, actor="publishers", action="release.listed", subject=release.digest,
+            details={"name": release.name, "version": release.version},
+        )  # fmt: skip
+        _tell(session, row)
 
     def tick(self) -> None:
         """Propose a release for each publication whose jobs are done; deltas are computed here, outside any lock."""

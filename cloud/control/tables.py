@@ -89,16 +89,15 @@ class Enrolment(Base):
     used_at: Mapped[datetime | None]
 
 
-class PublisherKey(Base):
-    """A public key whose signature makes a release installable."""
+class TrustRow(Base):
+    """One document of a tenant's TUF repository, as it was signed. Every version of root, else the current one."""
 
-    __tablename__ = "publisher_keys"
-    key_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    __tablename__ = "trust_metadata"
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(200))
-    public_key: Mapped[str] = mapped_column(String(64))  # base64 of the raw bytes
-    added_by: Mapped[str] = mapped_column(String(200))
-    added_at: Mapped[datetime]
+    role: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    is_pending: Mapped[bool] = mapped_column(primary_key=True)
+    data: Mapped[bytes]
 
 
 class Device(Base):

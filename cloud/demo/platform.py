@@ -101,7 +101,7 @@ class Platform:
 
     def _publish(self, path: Path, arguments: Sequence[str]) -> dict[str, Any]:
         command = ["publish", str(path), "--url", self.address("control"), "--token-file", str(self.token_file)]
-        command += ["--key", str(self.home / "publisher.pem"), "--json", *arguments]
+        command += ["--key", str(self.home / "keys" / "publisher.pem"), "--json", *arguments]
         result = subprocess.run(
             [sys.executable, "-m", "cloud.cli", *command],
             stdout=subprocess.PIPE,

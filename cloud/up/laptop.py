@@ -16,11 +16,13 @@ from cloud.ports import Ports
 from cloud.up.child import ChildSpec
 from cloud.up.fleet import Device, Fleet, ServingWorker
 from cloud.up.supervisor import Supervisor
-from model_registry import trust
 from model_registry.client import ControlClient, connect
+from model_registry.trust.desk import SigningDesk
+from model_registry.trust.keys import create_key, load_key
 from wire.errors import ForeshoreError, UnavailableError
 
 HOST = "127.0.0.1"
+PUBLISHER = "laptop"
 ENROL_TIMEOUT_S = 60.0
 CONTROL_READY_S = 60.0
 SERVING_READY_S = 180.0
@@ -63,15 +65,15 @@ class Laptop:
         return self.home / "cloud" / "tokens" / "admin"
 
     @property
-    def publisher_key_file(self) -> Path:
-        """The key that signs releases on this machine."""
-        return self.home / "publisher.pem"
+    def keys_folder(self) -> Path:
+        """Where the offline keys of this machine lie: root, targets and the publisher `laptop`."""
+        return self.home / "keys"
 
     def start(self) -> None:
         """Start everything and return when the last process accepts connections."""
         gateway_port = self._ports.get("gateway") if self._has_serving else None
         self._start_control(gateway_port)
-        self._register_publisher_key()
+        self._establish_trust()
         self._start_compile_worker()
         if gateway_port is not None:
             self._start_serving(gateway_port)
@@ -94,14 +96,16 @@ class Laptop:
         self._supervisor.addresses["devices"] = f"https://{HOST}:{device_port}"
         self._supervisor.addresses["mqtt"] = f"mqtts://{HOST}:{mqtt_port}"
 
-    def _register_publisher_key(self) -> None:
-        path = self.publisher_key_file
-        key = trust.load_key(path) if path.exists() else trust.create_key(path)
-        public_key = trust.encode_public_key(key.public_key())
+    def _establish_trust(self) -> None:
+        """Once: the offline keys, the root of trust and the publisher `laptop`, as `foreshore keys init` does."""
         with self._client() as client:
-            known = {entry["public_key"] for entry in client.get("/publisher-keys")["items"]}
-            if public_key not in known:
-                client.post("/publisher-keys", {"name": "laptop", "public_key": public_key})
+            if any(one["role"] == PUBLISHER for one in client.get_trust()["roles"]):
+                return
+            paths = [self.keys_folder / f"{name}.pem" for name in ("root", "targets", "publisher")]
+            root, targets, publisher = (load_key(path) if path.exists() else create_key(path) for path in paths)
+            desk = SigningDesk(client, self.keys_folder / "trust", [root, targets, publisher])
+            desk.initialise([root.public_key()], [targets.public_key()])
+            desk.add_publisher(PUBLISHER, [publisher.public_key()])
 
     def _start_compile_worker(self) -> None:
         token = self.home / "cloud" / "tokens" / "worker"

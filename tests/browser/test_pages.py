@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from playwright.sync_api import Browser, Page, expect
 
 from cloud.control.app import create_app
 from cloud.control.settings import Settings
 from model_registry.client import connect
 from model_registry.manifest import ArtefactFile, Chunk, Manifest, parse_release, sha256
-from model_registry.trust import encode_public_key, sign_release
 from tests.browser.conftest import serving, sign_in
+from tests.fakes.control import offline_desk
 from tests.fakes.simulated_device import SimulatedDevice
 
 pytestmark = pytest.mark.browser
@@ -31,8 +30,11 @@ def plane_url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def admin(plane_url: str, tmp_path: Path) -> str:
-    """The token that the first start left in the home folder."""
-    return (tmp_path / "home" / "tokens" / "admin").read_text().strip()
+    """The token that the first start left in the home folder; the root of trust is established."""
+    token = (tmp_path / "home" / "tokens" / "admin").read_text().strip()
+    with connect(plane_url, token) as client:
+        offline_desk(client, tmp_path)
+    return token
 
 
 @pytest.fixture
@@ -52,12 +54,10 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
-def publish_tiny_model(url: str, admin: str, worker: str) -> None:
+def publish_tiny_model(url: str, admin: str, worker: str, folder: Path) -> None:
     """Publish, build and sign a model of a few bytes through the API, as publisher, worker and administrator."""
-    key = Ed25519PrivateKey.generate()
     data = b"a model of a few bytes"
     with connect(url, admin) as client, connect(url, worker) as builder:
-        client.post("publisher-keys", {"public_key": encode_public_key(key.public_key()), "name": "test"})
         client.put_blob(data)
         source = {"format": "onnx", "files": [{"path": "m.onnx", "digest": sha256(data), "size_bytes": len(data)}]}
         body = {"name": "vision", "version": "1.0.0", "source": source, "targets": ["cpu-x86"]}
@@ -76,15 +76,15 @@ def publish_tiny_model(url: str, admin: str, worker: str) -> None:
         for settled in client.follow_publication(publication.publication_id):
             publication = settled
         assert publication.release is not None
-        envelope = sign_release(parse_release(publication.release), key)
-        assert client.sign_publication(publication.publication_id, envelope).state == "released"
+        role, metadata = offline_desk(client, folder).list_release(parse_release(publication.release))
+        assert client.sign_publication(publication.publication_id, role, metadata).state == "released"
 
 
 def test_a_click_starts_a_rollout_and_the_page_shows_it_finish(
     page: Page, plane_url: str, admin: str, device: SimulatedDevice, tmp_path: Path
 ) -> None:
     worker = (tmp_path / "home" / "tokens" / "worker").read_text().strip()
-    publish_tiny_model(plane_url, admin, worker)
+    publish_tiny_model(plane_url, admin, worker, tmp_path)
     sign_in(page, plane_url, admin)
     expect(page.locator("#health")).to_contain_text("Online1")
 

@@ -66,7 +66,13 @@ def test_every_route_that_changes_something_leaves_an_entry(control: ControlProc
     assert device.call("POST", "/device/certificate/confirm", {}).is_success
     recorder.used |= {("POST", "/api/v1/device/certificate"), ("POST", "/api/v1/device/certificate/confirm")}
     release = control.publish("audited", os.urandom(500), "1.0")
-    for route in ("publisher-keys", "publications", "publications/{publication_id}/sign", "jobs/{job_id}/complete"):
+    for route in (
+        "trust/metadata",
+        "trust/online-keys",
+        "publications",
+        "publications/{publication_id}/sign",
+        "jobs/{job_id}/complete",
+    ):
         recorder.used.add(("POST", f"/api/v1/{route}"))
     call("PUT", "/devices/{device_id}/labels", "device.label", {"labels": {"site": "x"}}, device_id="dock-1")
     call("POST", "/groups", "group.put", {"name": "g", "filter": "label.site = x"})

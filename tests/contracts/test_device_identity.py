@@ -151,7 +151,7 @@ def test_an_agent_enrols_only_with_the_control_plane_that_made_the_token(
     assert "in the open" in in_the_open.stderr
     good = enrol(control.device_url, token, tmp_path / "d")
     assert good.returncode == 0, good.stderr
-    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "d").iterdir()}
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "d").iterdir() if file.is_file()}
     assert set(modes.values()) == {0o600}
     assert enrol(control.device_url, token, tmp_path / "e").returncode == 4  # spent
 

@@ -30,9 +30,9 @@ from cloud.control.authority import CONTROL_USER, Authority
 from cloud.control.broker import Broker, DeviceAccess, client_context
 from model_registry.encodings import whole_frames
 from model_registry.manifest import ArtefactFile, Chunk, Golden, Manifest, Release, ReleaseArtefact, Requirements
-from model_registry.trust import encode_public_key, sign_release
+from tests.fakes.trust import MemoryTrust
 from wire import topics
-from wire.envelope import key_id, sign
+from wire.envelope import sign
 from wire.frames import ChunkFrame, Codec
 from wire.messages import DESIRED_TYPE, Desired, DesiredModel, Need, parse
 from wire.process import free_port
@@ -82,9 +82,11 @@ class Plane:
         self.http_chunks = 0
         self.pause_s = 0.0
         self.is_silent = False
+        self.lies: dict[str, bytes] = {}  # metadata that is served instead of the true one
         self.is_closed = False
         self.generation = 0
-        self.publisher, self.control_key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+        self.assignment = b""  # the last wish as it was sent
+        self.trust = MemoryTrust(folder / "trust")
         self.authority = Authority(folder / "pki")
         self.broker = Broker(
             folder / "mosquitto", self.authority, host="127.0.0.1", port=free_port(), advertised=["127.0.0.1"]
@@ -105,7 +107,6 @@ class Plane:
 
     def enrolment(self, csr_pem: str) -> dict[str, Any]:
         issued = self.authority.issue_device(topics.mqtt_user(TENANT, DEVICE), csr_pem)
-        rings = {"publishers": self.publisher, "control": self.control_key}
         return {
             "tenant": TENANT,
             "device_id": DEVICE,
@@ -114,23 +115,35 @@ class Plane:
             "mqtt": {"host": "127.0.0.1", "port": self.broker.port},
             "gateway_url": None,
             "device_token": "t",
-            "trust": {
-                name: {key_id(key.public_key()): encode_public_key(key.public_key())} for name, key in rings.items()
-            },
+            "trust": self.trust.enrolment(),
         }
 
     def publish(
-        self, scale: float, version: str, *, golden_scale: float | None = None, padding_bytes: int = 0, memory: int = 1
+        self,
+        scale: float,
+        version: str,
+        *,
+        golden_scale: float | None = None,
+        padding_bytes: int = 0,
+        memory: int = 1,
+        is_listed: bool = True,
     ) -> DesiredModel:
         """Make a release of the tiny model; a different `golden_scale` makes it a bad one."""
         contents = {
             "model.onnx": tiny_model(scale, padding_bytes=padding_bytes),
             "golden.npz": golden_bytes(scale if golden_scale is None else golden_scale),
         }
-        return self.publish_tensor("tiny", contents, version, memory=memory)
+        return self.publish_tensor("tiny", contents, version, memory=memory, is_listed=is_listed)
 
     def publish_tensor(
-        self, name: str, contents: Mapping[str, bytes], version: str, *, memory: int = 1, **requires: Any
+        self,
+        name: str,
+        contents: Mapping[str, bytes],
+        version: str,
+        *,
+        memory: int = 1,
+        is_listed: bool = True,
+        **requires: Any,
     ) -> DesiredModel:
         """Make a release of `model.onnx` with `golden.npz`."""
         manifest = Manifest(
@@ -145,7 +158,7 @@ class Plane:
             golden=Golden(path="golden.npz", num_cases=1, max_abs_error=1e-4),
             source_digest="0" * 64,
         )
-        return self._released(manifest, version)
+        return self._released(manifest, version, is_listed=is_listed)
 
     def forget_content(self) -> None:
         """Drop what was published so far: a long run would fill the memory."""
@@ -170,8 +183,8 @@ class Plane:
         )
         return self._released(manifest, version)
 
-    def wish(self, *models: DesiredModel, key: Ed25519PrivateKey | None = None) -> int:
-        """Sign and retain the next generation of the desired state."""
+    def wish(self, *models: DesiredModel, key: Ed25519PrivateKey | None = None, **changes: Any) -> int:
+        """Sign and retain the next generation of the desired state; `changes` make it another's, older, ..."""
         self.generation += 1
         now = datetime.now(UTC)
         desired = Desired(
@@ -181,10 +194,20 @@ class Plane:
             issued_at=now,
             expires_at=now + timedelta(days=1),
             models=list(models),
-        )
-        envelope = sign(DESIRED_TYPE, desired.to_bytes(), key or self.control_key).to_bytes()
-        self._client.publish(topics.device(TENANT, DEVICE, "desired"), envelope, qos=1, retain=True)
+        ).model_copy(update=changes)
+        self.assignment = sign(DESIRED_TYPE, desired.to_bytes(), key or self.trust.counter.director()).to_bytes()
+        self._client.publish(topics.device(TENANT, DEVICE, "desired"), self.assignment, qos=1, retain=True)
         return self.generation
+
+    def await_report(self, check: Callable[[dict[str, Any]], bool], timeout_s: float = 40) -> dict[str, Any]:
+        """The first report that passes `check`."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            for document in reversed(self.reported[-3:]):
+                if check(document):
+                    return document
+            time.sleep(0.05)
+        raise AssertionError(f"the device never said so; last report: {self.reported[-1:]}")
 
     def await_model(
         self, check: Callable[[dict[str, Any]], bool], timeout_s: float = 40, name: str = "tiny"
@@ -199,7 +222,7 @@ class Plane:
             time.sleep(0.05)
         raise AssertionError(f"the device never got there; last report: {self.reported[-1:]}")
 
-    def _released(self, manifest: Manifest, version: str) -> DesiredModel:
+    def _released(self, manifest: Manifest, version: str, *, is_listed: bool = True) -> DesiredModel:
         self.manifests[manifest.digest] = manifest
         release = Release(
             tenant=TENANT,
@@ -221,7 +244,9 @@ class Plane:
                 )
             ],
         )
-        self.releases[release.digest] = sign_release(release, self.publisher)
+        self.releases[release.digest] = release.to_bytes()
+        if is_listed:
+            self.trust.list_release(release)
         return DesiredModel(
             name=manifest.name,
             version=version,
@@ -299,7 +324,10 @@ def _handler(plane: Plane) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             kind, digest = self.path.split("/")[-2:]
-            if kind == "chunks":
+            if kind == "metadata":
+                found = plane.lies.get(digest) or plane.trust.fetch(digest, 1 << 20)
+                self._answer(found or b"", 200 if found else 404)
+            elif kind == "chunks":
                 plane.http_chunks += 1
                 self._answer(plane.chunks[digest])
             elif kind == "manifests":
@@ -311,8 +339,8 @@ def _handler(plane: Plane) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             self._answer(json.dumps(plane.enrolment(body["csr_pem"])).encode())
 
-        def _answer(self, data: bytes) -> None:
-            self.send_response(200)
+        def _answer(self, data: bytes, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("content-length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

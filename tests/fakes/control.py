@@ -19,12 +19,13 @@ import paho.mqtt.client as mqtt
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from paho.mqtt.enums import CallbackAPIVersion
 
+from model_registry.client import ControlClient, connect
 from model_registry.manifest import ArtefactFile, Chunk, Golden, Manifest, parse_release, sha256
-from model_registry.trust import encode_public_key, sign_release
+from model_registry.trust.desk import SigningDesk
+from model_registry.trust.keys import create_key, load_key
 from wire import topics
 from wire.envelope import parse_envelope
 from wire.messages import Desired, Hardware, ModelState, Phase, Reported, Result, Status, parse
@@ -51,7 +52,6 @@ class ControlProcess:
         self.device_url = f"https://127.0.0.1:{self.device_port}"
         self.options: list[str] = []  # more of the command line
         self.url = f"http://127.0.0.1:{self.port}"
-        self.publisher = Ed25519PrivateKey.generate()
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -66,6 +66,8 @@ class ControlProcess:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         wait_until(lambda: port_file.exists() or self.process.poll() is not None, "the control plane starts", 60)
         assert self.process.poll() is None, (self.home / "log").read_text()[-2000:]
+        with connect(self.url, self.token()) as client:
+            offline_desk(client, self.home)
 
     def kill(self) -> None:
         """kill -9."""
@@ -115,8 +117,6 @@ class ControlProcess:
         self, name: str, payload: bytes, version: str | None = None, *, golden: bytes | None = None
     ) -> dict[str, Any]:
         """Publish `payload` as a one-file model through a simulated worker; the release's document."""
-        key = encode_public_key(self.publisher.public_key())
-        self.ok("POST", "/publisher-keys", {"public_key": key, "name": "tests"})
         source = self.put_blob(b"source of " + payload[:100])
         files = [{"path": "m.onnx", "digest": source, "size_bytes": len(b"source of " + payload[:100])}]
         order = {"name": name, "targets": ["cpu-x86"], "source": {"format": "onnx", "files": files}, "version": version}
@@ -131,9 +131,22 @@ class ControlProcess:
         path = f"/publications/{publication['publication_id']}"
         ready = wait_until(lambda: (p := self.ok("GET", path))["state"] == "awaiting_signature" and p, "ready to sign")
         release = parse_release(base64.b64decode(ready["release"]))
-        envelope = base64.b64encode(sign_release(release, self.publisher)).decode()
-        assert self.ok("POST", f"{path}/sign", {"envelope": envelope})["state"] == "released"
+        with connect(self.url, self.token()) as client:
+            role, metadata = offline_desk(client, self.home).list_release(release)
+            assert client.sign_publication(publication["publication_id"], role, metadata).state == "released"
         return {"release": release.digest, "manifest": manifest}
+
+
+def offline_desk(client: ControlClient, folder: Path) -> SigningDesk:
+    """The tenant's offline keys below `folder`, made and introduced (`foreshore keys init`) the first time."""
+    paths = [folder / "offline" / f"{name}.pem" for name in ("root", "targets", "publisher")]
+    keys = [load_key(path) if path.exists() else create_key(path) for path in paths]
+    desk = SigningDesk(client, folder / "offline" / "trust", keys)
+    if not client.get_trust()["roles"]:
+        root, targets, publisher = (key.public_key() for key in keys)
+        desk.initialise([root], [targets])
+        desk.add_publisher("tests", [publisher])
+    return desk
 
 
 CHUNK_BYTES = 64 * 1024

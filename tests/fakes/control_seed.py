@@ -6,12 +6,14 @@ Names and contents carry the tenant's marker, so that a test sees at once when a
 from __future__ import annotations
 
 import base64
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from model_registry.manifest import parse_release, sha256
-from model_registry.trust import encode_public_key, sign_release
+from model_registry.trust.desk import SigningDesk
 from tests.fakes.control import CHUNK_BYTES, make_manifest
 from tests.fakes.control_app import ControlApp
 
@@ -51,11 +53,31 @@ class Seed:
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 
+    def get_trust(self) -> dict[str, Any]:
+        """See `trust.desk.Counter`."""
+        return dict(self.ok("admin", "GET", "/trust"))
+
+    def submit_metadata(self, role: str, metadata: bytes) -> dict[str, Any]:
+        """See `trust.desk.Counter`."""
+        body = {"role": role, "metadata": base64.b64encode(metadata).decode()}
+        return dict(self.ok("admin", "POST", "/trust/metadata", body))
+
+    def find_metadata(self, name: str, max_bytes: int) -> bytes | None:
+        """See `trust.desk.Counter`."""
+        answer = self._control.client("admin", self._tenant).get(f"/api/v1/trust/metadata/{name}")
+        return answer.content if answer.status_code == 200 else None
+
+    def _desk(self) -> SigningDesk:
+        """The tenant's offline keys, made and introduced now."""
+        root, targets, publisher = (Ed25519PrivateKey.generate() for _ in range(3))
+        folder = Path(tempfile.mkdtemp(dir=self._control.plane.settings.home))
+        desk = SigningDesk(self, folder, [root, targets, publisher])
+        desk.initialise([root.public_key()], [targets.public_key()])
+        desk.add_publisher("seed", [publisher.public_key()])
+        return desk
+
     def publish(self, name: str, payload: bytes) -> tuple[str, str, str, str, str]:
         """A released one-file model: digests and ids of release, publication, job, manifest and first chunk."""
-        publisher = Ed25519PrivateKey.generate()
-        key = encode_public_key(publisher.public_key())
-        self.ok("admin", "POST", "/publisher-keys", {"public_key": key, "name": name})
         source = b"source of " + payload[:100]
         self.ok("publisher", "PUT", f"/blobs/{sha256(source)}", content=source)
         files = [{"path": "m.onnx", "digest": sha256(source), "size_bytes": len(source)}]
@@ -71,6 +93,7 @@ class Seed:
         self._control.plane.publications.tick()
         proposed = self.ok("publisher", "GET", f"/publications/{publication}")["release"]
         release = parse_release(base64.b64decode(proposed))
-        envelope = base64.b64encode(sign_release(release, publisher)).decode()
-        self.ok("publisher", "POST", f"/publications/{publication}/sign", {"envelope": envelope})
+        role, metadata = self._desk().list_release(release)
+        body = {"role": role, "metadata": base64.b64encode(metadata).decode()}
+        self.ok("publisher", "POST", f"/publications/{publication}/sign", body)
         return release.digest, publication, str(lease["job_id"]), manifest.digest, sha256(chunks[0])

@@ -16,6 +16,7 @@ from typing import Any
 
 from model_registry.manifest import Manifest, Release, ReleaseArtefact, sha256
 from model_registry.sources import SourceFile, source_digest
+from tests.fakes.trust import MemoryCounter
 
 TOKEN = "publisher-token"
 
@@ -34,7 +35,7 @@ class ControlState:
     build: Callable[[dict[str, Any], ControlState], dict[str, Any]] | None = None
     stages: int = 2  # looks at the publication until it is built
     streams: bool = True
-    keys: list[dict[str, Any]] = field(default_factory=list)
+    counter: MemoryCounter = field(default_factory=MemoryCounter)
 
 
 def build_release(body: dict[str, Any], state: ControlState, **changes: Any) -> dict[str, Any]:
@@ -147,16 +148,25 @@ def _handler(state: ControlState) -> type[BaseHTTPRequestHandler]:
             elif path == "publications/p1/events" and state.streams:
                 self._send(200, b": hello\n\nevent: publication\ndata: {}\n\n", "text/event-stream")
             elif path == "publications/p1/sign":
-                state.signed = base64.b64decode(json.loads(body)["envelope"])
+                document = json.loads(body)
+                state.signed = base64.b64decode(document["metadata"])
+                state.counter.submit_metadata(document["role"], state.signed)
                 state.publication["state"] = "released"
                 self._json({"publication_id": "p1", "state": "released"})
             elif path == "publications/p1/cancel":
                 state.cancelled = True
                 self._json({})
-            elif path == "publisher-keys":
-                if self.command == "POST":
-                    state.keys.append(json.loads(body))
-                self._json({"items": state.keys})
+            elif path == "trust":
+                self._json(state.counter.get_trust())
+            elif path == "trust/metadata":
+                document = json.loads(body)
+                self._json(state.counter.submit_metadata(document["role"], base64.b64decode(document["metadata"])))
+            elif path.startswith("trust/metadata/"):
+                found = state.counter.find_metadata(path.rsplit("/", 1)[-1], 1 << 20)
+                if found is None:
+                    self._problem(404, "not_found", "no such metadata")
+                else:
+                    self._send(200, found, "application/json")
             else:
                 self._problem(404, "not_found", f"no {path}")
 

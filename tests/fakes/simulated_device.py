@@ -18,8 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from paho.mqtt.enums import CallbackAPIVersion
+from tuf.api.metadata import Targets
 
-from model_registry.trust import decode_public_key
+from model_registry.trust.keys import envelope_keys
+from model_registry.trust.roles import DIRECTOR, delegated_keys
+from model_registry.trust.trusted import read_metadata
 from wire import topics
 from wire.envelope import open_envelope
 from wire.messages import (
@@ -43,6 +46,7 @@ class SimulatedDevice:
 
     def __init__(self, url: str, admin: str, device_id: str, folder: Path, *, hold: bool = False) -> None:
         self._hardware = Hardware(profile="simulated", targets=["cpu-x86"], architecture="x86_64")
+        self._url, self._admin = url, admin
         self._enrolment = _enrol(url, admin, device_id, self._hardware, folder)
         client_id = self._enrolment["mqtt"]["client_id"]
         self._device_id = device_id
@@ -89,10 +93,15 @@ class SimulatedDevice:
         self._report([], 0)
 
     def _heard(self, client: mqtt.Client, userdata: Any, message: mqtt.MQTTMessage) -> None:
-        keys = {name: decode_public_key(text) for name, text in self._enrolment["trust"]["control"].items()}
-        payload = open_envelope(message.payload, DESIRED_TYPE, keys)
+        payload = open_envelope(message.payload, DESIRED_TYPE, self._director_keys())
         self._wish = parse(Desired, payload)
         self._wished.set()
+
+    def _director_keys(self) -> dict[str, Any]:
+        headers = {"authorization": f"Bearer {self._admin}"}
+        answer = httpx.get(f"{self._url}/api/v1/trust/metadata/2.targets.json", headers=headers, timeout=30)
+        keys, _ = delegated_keys(read_metadata(Targets, answer.raise_for_status().content).signed, DIRECTOR)
+        return envelope_keys(keys)
 
     def _work(self) -> None:
         while True:

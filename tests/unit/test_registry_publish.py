@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
+from model_registry import keys_cli
 from model_registry.client import ControlClient, Publication
 from model_registry.exit_codes import exit_code
 from model_registry.login import Login, save_login
@@ -23,8 +23,10 @@ from model_registry.manifest import sha256
 from model_registry.publish import Publisher, PublishRequest
 from model_registry.publish_cli import register
 from model_registry.transport import Transport, error_of
-from model_registry.trust import create_key, encode_public_key, key_ring
+from model_registry.trust.desk import SigningDesk
+from model_registry.trust.keys import create_key
 from tests.fakes.registry_server import TOKEN, ControlState, build_release, manifest_for, running_control
+from tests.fakes.trust import PUBLISHER, MemoryTrust
 from wire.errors import (
     ConflictError,
     ForeshoreError,
@@ -85,8 +87,8 @@ def client(url: str) -> Iterator[ControlClient]:
 
 
 @pytest.fixture
-def key() -> Ed25519PrivateKey:
-    return Ed25519PrivateKey.generate()
+def desk(state: ControlState, tmp_path: Path) -> SigningDesk:
+    return MemoryTrust(tmp_path / "desk", counter=state.counter).desk
 
 
 @pytest.fixture
@@ -105,19 +107,19 @@ def request(model: Path, **changes: Any) -> PublishRequest:
     return PublishRequest(**fields)
 
 
-def publish(client: ControlClient, key: Ed25519PrivateKey, wanted: PublishRequest) -> Any:
-    return Publisher(client, key, Watcher()).publish(wanted)
+def publish(client: ControlClient, desk: SigningDesk, wanted: PublishRequest) -> Any:
+    return Publisher(client, desk, Watcher()).publish(wanted)
 
 
 def test_a_model_is_published_and_signed_by_the_publisher(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     watcher = Watcher()
     wanted = request(model, licence="MIT", tenant="demo", version="2.0.0")
-    result = Publisher(client, key, watcher).publish(wanted)
+    result = Publisher(client, desk, watcher).publish(wanted)
     assert state.signed is not None
-    ring = key_ring([encode_public_key(key.public_key())])
-    assert ring.verify_release(state.signed) == result.release
+    assert state.counter.repository.find_release("vision", result.release.digest) is not None
+    assert state.signed == state.counter.repository.current[PUBLISHER]
     assert result.release.version == "2.0.0"
     assert result.uploaded_bytes == result.source_bytes == model.stat().st_size
     assert set(result.manifests) == {"cpu-x86", "jetson-orin"}
@@ -128,19 +130,19 @@ def test_a_model_is_published_and_signed_by_the_publisher(
 
 
 def test_a_second_publication_uploads_nothing_again(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
-    publish(client, key, request(model))
+    publish(client, desk, request(model))
     state.requests.clear()
-    assert publish(client, key, request(model)).uploaded_bytes == 0
+    assert publish(client, desk, request(model)).uploaded_bytes == 0
     assert not [line for line in state.requests if line.startswith("PUT")]
 
 
 def test_golden_vision_and_recipe_travel_with_the_publication(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path, tmp_path: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "golden.npz", x=np.zeros(3))
-    publish(client, key, request(model, golden=tmp_path / "golden.npz", recipe={"precision": "int8"}, vision={"a": 1}))
+    publish(client, desk, request(model, golden=tmp_path / "golden.npz", recipe={"precision": "int8"}, vision={"a": 1}))
     body = state.publication["body"]
     assert body["golden"] == sha256((tmp_path / "golden.npz").read_bytes())
     assert body["golden"] in state.blobs
@@ -151,21 +153,21 @@ def test_golden_vision_and_recipe_travel_with_the_publication(
 
 @pytest.mark.parametrize("name", ["absent.npz", "not.npz", "golden.pkl"])
 def test_a_wrong_golden_file_is_refused_before_anything_is_stored(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path, tmp_path: Path, name: str
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path, tmp_path: Path, name: str
 ) -> None:
     if name != "absent.npz":
         (tmp_path / name).write_bytes(b"text")
     with pytest.raises(InvalidInputError, match=name):
-        publish(client, key, request(model, golden=tmp_path / name))
+        publish(client, desk, request(model, golden=tmp_path / name))
     assert state.requests == []
 
 
 def test_a_source_that_cannot_be_published_stores_nothing(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, tmp_path: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, tmp_path: Path
 ) -> None:
     (tmp_path / "weights.pth").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(UnsupportedModelError):
-        publish(client, key, request(tmp_path / "weights.pth"))
+        publish(client, desk, request(tmp_path / "weights.pth"))
     assert state.requests == []
 
 
@@ -182,20 +184,20 @@ def test_a_source_that_cannot_be_published_stores_nothing(
     ],
 )
 def test_a_release_that_was_not_asked_for_is_never_signed(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path, changes: dict[str, Any]
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path, changes: dict[str, Any]
 ) -> None:
     state.build = lambda body, state: build_release(body, state, **changes)
     with pytest.raises(IntegrityError, match="the release to sign"):
-        publish(client, key, request(model, tenant="demo", version="1.0.0"))
+        publish(client, desk, request(model, tenant="demo", version="1.0.0"))
     assert state.signed is None
 
 
 def test_a_release_with_one_target_less_is_never_signed(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     state.build = lambda body, state: build_release({**body, "targets": body["targets"][:1]}, state)
     with pytest.raises(IntegrityError, match="targets"):
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
     assert state.signed is None
 
 
@@ -212,7 +214,7 @@ def test_a_release_with_one_target_less_is_never_signed(
     ],
 )
 def test_a_release_over_a_wrong_artefact_is_never_signed(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path, changes: Any, error: Any
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path, changes: Any, error: Any
 ) -> None:
     def build(body: dict[str, Any], state: ControlState) -> dict[str, Any]:
         honest = build_release(body, state)
@@ -235,7 +237,7 @@ def test_a_release_over_a_wrong_artefact_is_never_signed(
 
     state.build = build
     with pytest.raises(error):
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
     assert state.signed is None
 
 
@@ -246,7 +248,7 @@ def client_source(body: dict[str, Any]) -> str:
 
 
 def test_a_manifest_with_other_bytes_is_never_accepted(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     def build(body: dict[str, Any], state: ControlState) -> dict[str, Any]:
         document = build_release(body, state)
@@ -256,56 +258,56 @@ def test_a_manifest_with_other_bytes_is_never_accepted(
 
     state.build = build
     with pytest.raises(IntegrityError):
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
     assert state.signed is None
 
 
 def test_a_failed_gate_is_told_with_its_numbers(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     gate = {"name": "top1_agreement", "value": 0.5, "limit": 0.9, "sense": ">=", "passed": False}
     state.jobs = [{"job_id": "j", "target": "cpu-x86", "state": "failed", "gates": [gate]}]
     state.build = lambda body, state: {"state": "failed"}
     with pytest.raises(GateFailedError, match=r"cpu-x86: top1_agreement is 0.5, the limit is >= 0.9"):
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
 
 
 def test_a_failed_job_is_told_with_its_reason_and_log(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     job = {"job_id": "j", "target": "cpu-x86", "state": "failed", "code": "unsupported_model", "reason": "bad op Foo"}
     state.jobs = [{**job, "log": "line one"}]
     state.build = lambda body, state: {"state": "failed"}
     with pytest.raises(UnsupportedModelError, match="bad op Foo") as caught:
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
     assert caught.value.details["log"] == "line one"
     state.jobs = []
     with pytest.raises(ForeshoreError, match="no reason was given"):
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
 
 
 def test_a_cancelled_publication_is_a_conflict(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     state.build = lambda body, state: {"state": "cancelled"}
     with pytest.raises(ConflictError, match="cancelled"):
-        publish(client, key, request(model))
+        publish(client, desk, request(model))
 
 
 def test_interrupting_cancels_the_publication(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     class Impatient(Watcher):
         def show(self, publication: Publication) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Publisher(client, key, Impatient()).publish(request(model))
+        Publisher(client, desk, Impatient()).publish(request(model))
     assert state.cancelled
 
 
 def test_publishing_survives_cut_connections_and_overload(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     state.faults = [
         ("HEAD blobs/", 0),
@@ -315,16 +317,16 @@ def test_publishing_survives_cut_connections_and_overload(
         ("GET publications/p1", 429),
         ("GET blobs/", 0),
     ]
-    publish(client, key, request(model))
+    publish(client, desk, request(model))
     assert state.signed is not None
     assert state.faults == []
 
 
 def test_without_an_event_stream_it_polls(
-    client: ControlClient, state: ControlState, key: Ed25519PrivateKey, model: Path
+    client: ControlClient, state: ControlState, desk: SigningDesk, model: Path
 ) -> None:
     state.streams, state.stages = False, 6
-    publish(client, key, request(model))
+    publish(client, desk, request(model))
     assert state.requests.count("GET publications/p1/events") >= 3
 
 
@@ -420,6 +422,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
         monkeypatch.delenv(name, raising=False)
     app = typer.Typer()
     register(app)
+    app.add_typer(keys_cli.app, name="keys")
     return app
 
 
@@ -429,9 +432,8 @@ def test_the_command_publishes_and_prints_one_json_object_last(
     save_login(Login(url, TOKEN, tenant="demo"), {"XDG_CONFIG_HOME": str(tmp_path / "config")}, tmp_path)
     assert (tmp_path / "config/foreshore/login.json").stat().st_mode & 0o777 == 0o600
     runner = CliRunner()
-    assert runner.invoke(app, ["keys", "create"]).exit_code == 0
-    assert runner.invoke(app, ["keys", "add", "--name", "alice"]).exit_code == 0
-    assert state.keys[0]["name"] == "alice"
+    begun = runner.invoke(app, ["keys", "init", "--publisher", "alice"])
+    assert begun.exit_code == 0, begun.output
     arguments = ["publish", str(model), "--name", "vision", "--targets", "cpu-x86,cpu-x86, jetson-orin"]
     done = runner.invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
@@ -456,7 +458,7 @@ def test_the_command_fails_with_the_right_code_and_sentence(
     app: typer.Typer, tmp_path: Path, arguments: list[str], code: int, says: str
 ) -> None:
     (tmp_path / "token").write_text("secret\n")
-    create_key(tmp_path / "config/foreshore/publisher.pem")
+    create_key(tmp_path / "config/foreshore/keys/publisher.pem")
     arguments = [str(tmp_path / "token") if part == "TOKEN" else part for part in arguments]
     command = ["publish", "absent.onnx", "--name", "v", "--targets", "cpu-x86", "--json", *arguments]
     done = CliRunner().invoke(app, command)
@@ -473,13 +475,9 @@ def test_the_command_without_a_key_says_how_to_make_one(app: typer.Typer, tmp_pa
     assert "foreshore keys create" in done.output
 
 
-def test_keys_are_listed_and_shown(app: typer.Typer, url: str, state: ControlState, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(TOKEN)
+def test_a_key_is_made_shown_and_never_overwritten(app: typer.Typer, tmp_path: Path) -> None:
     runner = CliRunner()
     made = json.loads(runner.invoke(app, ["keys", "create", str(tmp_path / "k.pem"), "--json"]).stdout)
     shown = json.loads(runner.invoke(app, ["keys", "show", str(tmp_path / "k.pem"), "--json"]).stdout)
     assert made == shown
-    state.keys = [{"key_id": made["key_id"], "name": "alice"}]
-    listed = runner.invoke(app, ["keys", "list", "--url", url, "--token-file", str(tmp_path / "token")])
-    assert made["key_id"][:16] in listed.output
     assert runner.invoke(app, ["keys", "create", str(tmp_path / "k.pem")]).exit_code == 1

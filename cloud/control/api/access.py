@@ -1,7 +1,9 @@
-"""Enrolments, tokens, publisher keys: who may come in."""
+"""Enrolments and tokens: who may come in."""
 
 from __future__ import annotations
 
+import base64
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -64,13 +66,6 @@ class TokenQuestion(Body):
     token: Annotated[str, Field(max_length=512)]
 
 
-class PublisherKeyOrder(Body):
-    """A publisher's public key, 32 raw bytes in base64."""
-
-    public_key: Annotated[str, Field(max_length=100)]
-    name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
-
-
 @router.post("/enrolments", status_code=201)
 def create_enrolment(order: EnrolmentOrder, request: Request, plane: Plane, by: Operator) -> dict[str, Any]:
     """Allow one device to enrol once; the token is shown here and never again."""
@@ -95,11 +90,12 @@ def authority(plane: Plane) -> dict[str, str]:
 
 @router.post("/enrol", status_code=201)
 def enrol(order: EnrolRequest, request: Request, plane: Plane) -> dict[str, Any]:
-    """Spend an enrolment token: a certificate, a device token, and whom to trust."""
+    """Spend an enrolment token: a certificate, a device token, and the root of trust."""
     hardware = order.hardware.model_dump(mode="json", exclude_none=True) if order.hardware else {}
     address = address_of(request)
     plane.guesses.check(address, order.enrolment_token)
     try:
+        root = plane.trust.newest_root(plane.identity.tenant_of_enrolment(order.enrolment_token))
         device, issued, token = plane.identity.enrol(order.enrolment_token, order.csr_pem, hardware)
     except NotAuthenticatedError:
         plane.guesses.note_wrong(address, order.enrolment_token)
@@ -118,7 +114,7 @@ def enrol(order: EnrolRequest, request: Request, plane: Plane) -> dict[str, Any]
         },
         "gateway_url": plane.settings.gateway_url,
         "device_token": token,
-        "trust": {"publishers": plane.identity.publishers(device.tenant).to_dict(), "control": plane.control_keys()},
+        "trust": {"root": base64.b64encode(root).decode(), "time": datetime.now(UTC).isoformat(timespec="seconds")},
     }
 
 
@@ -133,12 +129,6 @@ def renew_certificate(order: RenewalRequest, plane: Plane, by: Device) -> dict[s
 def confirm_certificate(plane: Plane, by: Device) -> None:
     """The device shows its new certificate: every other of its is revoked."""
     plane.confirm_certificate(_holder(by))
-
-
-@router.get("/device/trust")
-def device_trust(plane: Plane, by: Viewer) -> dict[str, Any]:
-    """The keys that devices of this tenant trust now."""
-    return {"publishers": plane.identity.publishers(by.tenant).to_dict(), "control": plane.control_keys()}
 
 
 @router.get("/tokens")
@@ -181,23 +171,6 @@ def introspect(question: TokenQuestion, plane: Plane, by: Gateway) -> dict[str, 
 def whoami(plane: Plane, by: Viewer) -> dict[str, Any]:
     """The token's own tenant, name and role."""
     return {"tenant": by.tenant, "subject": by.subject, "role": by.role.value}
-
-
-@router.post("/publisher-keys", status_code=201)
-def add_publisher_key(order: PublisherKeyOrder, plane: Plane, by: Admin) -> dict[str, Any]:
-    """Trust one more publisher."""
-    row = plane.identity.add_publisher_key(by, order.public_key, order.name)
-    return {"key_id": row.key_id, "name": row.name, "public_key": row.public_key}
-
-
-@router.get("/publisher-keys")
-def list_publisher_keys(plane: Plane, by: Viewer) -> dict[str, Any]:
-    """Who may sign releases."""
-    items = [
-        {"key_id": row.key_id, "name": row.name, "public_key": row.public_key, "added_at": row.added_at.isoformat()}
-        for row in plane.identity.list_publisher_keys(by.tenant)
-    ]
-    return {"items": items, "next": None}
 
 
 def _holder(by: Principal) -> Holder:

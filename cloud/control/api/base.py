@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -92,6 +94,14 @@ Cursor = Annotated[int, Query(ge=0, le=1_000_000)]
 def page(items: Sequence[Any], limit: int, cursor: int) -> dict[str, Any]:
     """A page of a listing asked for with `limit + 1`; `next` is the cursor of the following one, or None."""
     return {"items": list(items[:limit]), "next": cursor + limit if len(items) > limit else None}
+
+
+def decoded(name: str, text: str) -> bytes:
+    """The bytes that a field carries in base64; `InvalidInputError` otherwise."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInputError(f"{name} is not base64", remedy="send base64 of the bytes") from error
 
 
 def problem(error: ForeshoreError) -> JSONResponse:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import time
 from typing import Annotated, Any, Literal
 
@@ -13,11 +11,10 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api.base import Body, Cursor, Limit, Plane, Publisher, Viewer, Worker, page
+from cloud.control.api.base import Body, Cursor, Limit, Plane, Publisher, Viewer, Worker, decoded, page
 from cloud.control.api.records import stream_events
 from cloud.control.publications import PublicationOrder
 from model_registry.sources import SourceFile
-from wire.errors import InvalidInputError
 from wire.messages import Digest, Name
 
 router = APIRouter()
@@ -56,9 +53,10 @@ class PublicationBody(Body):
 
 
 class SignatureBody(Body):
-    """The signed release: base64 of the envelope."""
+    """A publisher's signed metadata that lists the release: its role, and base64 of its bytes."""
 
-    envelope: Annotated[str, Field(max_length=2 << 20)]
+    role: Name
+    metadata: Annotated[str, Field(max_length=2 << 20)]
 
 
 class LeaseBody(Body):
@@ -130,12 +128,8 @@ def follow_publication(publication_id: str, request: Request, plane: Plane, by: 
 
 @router.post("/publications/{publication_id}/sign")
 def sign_publication(publication_id: str, body: SignatureBody, plane: Plane, by: Publisher) -> dict[str, Any]:
-    """Hand in the signed release."""
-    try:
-        envelope = base64.b64decode(body.envelope, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidInputError("envelope is not base64", remedy="send base64 of the envelope's bytes") from error
-    return plane.publications.sign(by, publication_id, envelope)
+    """Hand in metadata that lists the release."""
+    return plane.publications.sign(by, publication_id, body.role, decoded("metadata", body.metadata))
 
 
 @router.post("/publications/{publication_id}/cancel")

@@ -6,7 +6,6 @@ has the bytes) and what its publications and releases name. Of anything else it 
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -85,12 +84,12 @@ def get_manifest(digest: Digest, request: Request, plane: Plane, by: Reader) -> 
 
 @router.get("/releases/{digest}")
 def get_release(digest: Digest, plane: Plane, by: Reader) -> Response:
-    """A release as its signed envelope."""
+    """A release's canonical bytes; what makes it installable is the publisher's metadata that lists it."""
     with plane.database.read() as session:
         row = catalogue.get_release(session, digest)
         if row.tenant != by.tenant and by.role is not Role.WORKER:
             raise NotFoundError(f"release {digest[:12]} is not in the catalogue", remedy="see: foreshore models")
-        return Response(row.envelope, media_type="application/json", headers=IMMUTABLE)
+        return Response(row.document, media_type="application/json", headers=IMMUTABLE)
 
 
 @router.get("/releases")
@@ -131,7 +130,6 @@ def release_document(plane: ControlPlane, row: ReleaseRow) -> dict[str, Any]:
         "source_format": row.source_format,
         "source_digest": row.source_digest,
         "created_at": row.created_at.isoformat(),
-        "envelope": base64.b64encode(row.envelope).decode(),
         "artefacts": [
             {
                 "target": one.target,

@@ -69,6 +69,13 @@ def label_device(device_id: str, body: LabelsBody, plane: Plane, by: Operator) -
     return summary(device)
 
 
+@router.get("/devices/{device_id}/desired")
+def get_device_desired(device_id: str, plane: Plane, by: Operator) -> Response:
+    """A device's signed wish, for a bundle."""
+    envelope = plane.fleet.desired_envelope(by.tenant, device_id)
+    return Response(envelope, media_type="application/json", headers={"cache-control": "no-store"})
+
+
 @router.get("/device/desired")
 def get_desired(plane: Plane, by: Device) -> Response:
     """The device's own signed wish, as the retained message has it."""

@@ -33,7 +33,7 @@ def upgrade() -> None:
         sa.Column("source_format", sa.String(32), nullable=False),
         sa.Column("source_digest", sa.String(64), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("envelope", sa.LargeBinary, nullable=False),
+        sa.Column("document", sa.LargeBinary, nullable=False),
         sa.PrimaryKeyConstraint("digest", name="pk_registry_release"),
         sa.ForeignKeyConstraint(
             ["tenant", "name"], ["registry_model.tenant", "registry_model.name"], name="fk_registry_release_tenant"

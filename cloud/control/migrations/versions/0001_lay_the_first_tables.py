@@ -174,14 +174,13 @@ def upgrade() -> None:
         batch_op.create_index(batch_op.f("ix_publications_state"), ["state"], unique=False)
 
     op.create_table(
-        "publisher_keys",
-        sa.Column("key_id", sa.String(length=64), nullable=False),
+        "trust_metadata",
         sa.Column("tenant", sa.String(length=64), nullable=False),
-        sa.Column("name", sa.String(length=200), nullable=False),
-        sa.Column("public_key", sa.String(length=64), nullable=False),
-        sa.Column("added_by", sa.String(length=200), nullable=False),
-        sa.Column("added_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("key_id", "tenant", name=op.f("pk_publisher_keys")),
+        sa.Column("role", sa.String(length=64), nullable=False),
+        sa.Column("version", sa.BigInteger(), nullable=False),
+        sa.Column("is_pending", sa.Boolean(), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "role", "version", "is_pending", name=op.f("pk_trust_metadata")),
     )
     op.create_table(
         "rollouts",
@@ -236,7 +235,7 @@ def downgrade() -> None:
         batch_op.drop_index(batch_op.f("ix_rollouts_status"))
 
     op.drop_table("rollouts")
-    op.drop_table("publisher_keys")
+    op.drop_table("trust_metadata")
     with op.batch_alter_table("publications", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_publications_state"))
 
