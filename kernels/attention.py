@@ -331,8 +331,7 @@ class SplitWorkspace:
 
 def decode_tile(group: int, head_dim: int) -> Tile:
     """The tile used for decode; measured on Hopper (benchmarks/kernels.py --tune)."""
-    columns = 64 if head_dim <= 128 else 32
-    return Tile(max(MIN_ROWS, triton.next_power_of_2(group)), columns, 4, 3)
+    return Tile(max(MIN_ROWS, triton.next_power_of_2(group)), 32, 2 if head_dim <= 128 else 4, 4)
 
 
 def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, has_descriptors: bool = False) -> Tile:
@@ -340,7 +339,9 @@ def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, has_descriptors:
     rows = max(128, triton.next_power_of_2(group))
     if dtype == torch.float32:  # three times the shared memory of bf16 tiles would not fit
         return Tile(max(32, triton.next_power_of_2(group)), 32, 4, 2)
-    return Tile(rows, 64 if head_dim > 128 else 128, 8, 2 if head_dim > 128 else 3)
+    if head_dim > 128:
+        return Tile(rows, 64, 8, 2)
+    return Tile(rows, 64, 4, 3) if has_descriptors else Tile(rows, 128, 8, 3)
 
 
 def _suits_descriptors(q: Tensor, cache: Tensor) -> bool:
@@ -449,7 +450,7 @@ def prefill(
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     num_seqs = query_starts.shape[0] - 1
-    has_descriptors = _suits_descriptors(q, k_cache) and _suits_descriptors(q, v_cache)
+    has_descriptors = block_size % 64 == 0 and _suits_descriptors(q, k_cache) and _suits_descriptors(q, v_cache)
     tile = tile or prefill_tile(group, head_dim, q.dtype, has_descriptors)
     has_descriptors = has_descriptors and block_size % tile.columns == 0
     d_k, d_v = (_descriptor(c, tile.columns) if has_descriptors else c for c in (k_cache, v_cache))

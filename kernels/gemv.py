@@ -21,7 +21,8 @@ from torch import Tensor
 from kernels.launch import let_next_start, overlap, wait_for_previous
 
 MAX_ROWS = 4  # above, tensor cores and a library's product win
-TILE = 8192  # weights of one step of a program
+TILE = 4096  # weights of one step of a program
+DEPTH = 512  # of them, neighbours in one row
 
 
 @triton.jit
@@ -229,8 +230,8 @@ def linear(
     if num_rows > MAX_ROWS:
         raise ValueError(f"{num_rows} rows are more than {MAX_ROWS}; use a matrix product")
     block_m = triton.next_power_of_2(num_rows)
-    block_k = depth_block(depth, 1024 // block_m)
-    block_n = max(2, TILE // (block_k * block_m) // (2 if is_gated else 1))
+    block_k = depth_block(depth, DEPTH if block_m < 4 else DEPTH // 2)
+    block_n = max(2, TILE // block_k // (2 if is_gated else 1))
     block_n = _fill_processors(x, columns, block_n)
     norm_weight, eps = norm or (x, 0.0)
     _gemv_kernel[(triton.cdiv(columns, block_n),)](
