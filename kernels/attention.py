@@ -290,10 +290,15 @@ def _prefill_kernel(
     for start in range(full_end, end, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < end
-        o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
-        o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
-        b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        if HAS_DESCRIPTORS:
+            row = tl.load(p_table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+            b_k = tl.trans(d_k.load([row, i_kv * HEAD_DIM]))
+            b_v = tl.where(m_n[:, None], d_v.load([row, i_kv * HEAD_DIM]), 0.0)  # behind the context may lie anything
+        else:
+            o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+            o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+            b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
+            b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee") * scale_log2
         b_s = tl.where(o_n[None, :] <= position[:, None], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
