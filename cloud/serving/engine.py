@@ -13,6 +13,7 @@ import torch
 
 from cloud.serving.backend import SampledToken
 from cloud.serving.block_pool import BlockPool, chain_root
+from cloud.serving.guide import Guides
 from cloud.serving.kv_pool import KvLayout, KvPool
 from cloud.serving.request import FinishReason, Request
 from cloud.serving.runner import EagerRunner, Runner
@@ -51,6 +52,8 @@ class StepEvent:
 
 class Engine:
     """Everything one worker needs to turn tokens into tokens."""
+
+    guides: Guides | None = None  # set where the model's tokenizer is known
 
     def __init__(self, runner: Runner, scheduler: Scheduler, kv: KvPool, fingerprint: str, vocab_size: int) -> None:
         self.runner = runner
@@ -126,14 +129,19 @@ def build_engine(config: EngineConfig) -> Engine:
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, model.eos_token_ids)
     kv = KvPool(layout, num_blocks, config.device)
     fingerprint = layout.fingerprint(model_digest(config.model))
+    guides = Guides(config.model, model.vocab_size, model.eos_token_ids)
     if not is_gpu:
-        return Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)
+        engine = Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)
+        engine.guides = guides
+        return engine
     from cloud.serving.cuda_engine import OverlappedEngine  # Triton is an extra
     from cloud.serving.cuda_runner import CudaConfig, CudaRunner
 
     runner = CudaRunner(decoder, kv, CudaConfig(limits.max_running, max_context))
     runner.capture()
-    return OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
+    overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
+    overlapped.guides = guides
+    return overlapped
 
 
 def _pool_bytes(is_gpu: bool) -> int:

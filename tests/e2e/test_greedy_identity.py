@@ -31,11 +31,11 @@ from cloud.serving.torch_backend import TorchBackend
 from cloud.serving.weights import load_config, load_decoder
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "models"
+pytestmark = [pytest.mark.models, pytest.mark.slow]
 MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
 NEW_TOKENS = 12
 BLOCK_SIZE = 8
 NUM_BLOCKS = 96
-FEW_BLOCKS = 13  # the longest prompt with its answer, and a little
 COMMON = [(i * 37) % 5000 + 100 for i in range(48)]
 PROMPTS = [
     [*COMMON, 400, 401, 402],
@@ -101,37 +101,41 @@ def answer(
     subject: Subject, *, alone: bool, chunked: bool, hit: bool, preempted: bool, graphs: bool = False
 ) -> list[list[int]]:
     """The prompts' outputs through an engine of this kind; checks that what was asked for did happen."""
-    runner = subject.runner(graphs)
     chunk = 7 if chunked else 128
     limits = SchedulerConfig(max_batch_tokens=3 * chunk + 5, max_chunk_tokens=chunk, max_running=4)
-    scheduler = Scheduler(BlockPool(FEW_BLOCKS if preempted else NUM_BLOCKS, BLOCK_SIZE), limits)
+    groups = [[prompt] for prompt in PROMPTS] if alone else [PROMPTS]
+    outputs: list[list[int]] = []
+    for group in groups:
+        num_blocks = sum(len(prompt) // BLOCK_SIZE + 1 for prompt in group) + 2 if preempted else NUM_BLOCKS
+        scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), limits)
+        outputs += _answer_group(subject, subject.runner(graphs), scheduler, group, hit, preempted)
+        scheduler.check_integrity()
+    return outputs
+
+
+def _answer_group(
+    subject: Subject, runner: Any, scheduler: Scheduler, group: list[list[int]], hit: bool, preempted: bool
+) -> list[list[int]]:
     kind = OverlappedEngine if ON_GPU else Engine
     engine: Any = kind(runner, scheduler, runner.kv, "model", subject.decoder.config.vocab_size)
-    root, params = chain_root("model", b"tenant"), SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    numbers = itertools.count()
+    root, numbers = chain_root("model", b"tenant"), itertools.count()
 
-    def request(prompt: list[int], priority: int = 0, wanted: SamplingParams = params) -> Request:
-        return Request(f"r{next(numbers)}", list(prompt), root, wanted, priority=priority)
+    def request(prompt: list[int], num_tokens: int = NEW_TOKENS, priority: int = 0) -> Request:
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        return Request(f"r{next(numbers)}", list(prompt), root, params, priority=priority)
 
     if hit:
-        engine.generate([request(prompt, wanted=SamplingParams(max_tokens=1)) for prompt in PROMPTS])
-    outputs: list[list[int]] = []
-    groups = [[prompt] for prompt in PROMPTS] if alone else [PROMPTS]
-    for group in groups:
-        before = scheduler.num_preemptions
-        requests = [request(prompt) for prompt in group]
-        strong = request([3, 5], -1, SamplingParams(max_tokens=BLOCK_SIZE * FEW_BLOCKS // 2, ignore_eos=True))
-        outputs += engine.generate([*requests, strong] if preempted else requests)[: len(group)]
-        if preempted and len(group[0]) > 2 * BLOCK_SIZE:
-            assert scheduler.num_preemptions > before
-        if hit and not preempted:
-            assert all(
-                one.num_cached_tokens == (one.num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE for one in requests
-            )
-        if not hit and not preempted and alone and group is groups[0]:
-            assert requests[0].num_cached_tokens == 0
-    scheduler.check_integrity()
-    return outputs
+        for prompt in group:
+            engine.generate([request(prompt, 1)])
+    requests = [request(prompt) for prompt in group]
+    strong = [request([3, 5], 20, priority=-1)] if preempted else []  # grows at the expense of the others
+    outputs = engine.generate([*requests, *strong])[: len(group)]
+    assert bool(scheduler.num_preemptions) is preempted
+    if not preempted:
+        cached = [one.num_cached_tokens for one in requests]
+        assert not hit or cached == [(len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in group]
+        assert hit or cached[0] == 0
+    return outputs  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("graphs", [False, True] if ON_GPU else [False])
