@@ -36,6 +36,7 @@ MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct")
 NEW_TOKENS = 12
 BLOCK_SIZE = 8
 NUM_BLOCKS = 96
+SHARED_BLOCKS = 4  # of the first and the last prompt
 COMMON = [(i * 37) % 5000 + 100 for i in range(48)]
 PROMPTS = [
     [*COMMON, 400, 401, 402],
@@ -106,7 +107,9 @@ def answer(
     groups = [[prompt] for prompt in PROMPTS] if alone else [PROMPTS]
     outputs: list[list[int]] = []
     for group in groups:
-        num_blocks = sum(len(prompt) // BLOCK_SIZE + 1 for prompt in group) + 2 if preempted else NUM_BLOCKS
+        # room to begin, not to end; prompts that hit share the blocks of what they have in common
+        shared = SHARED_BLOCKS if hit and not alone else 0
+        num_blocks = sum(len(prompt) // BLOCK_SIZE + 1 for prompt in group) + 2 - shared if preempted else NUM_BLOCKS
         scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), limits)
         outputs += _answer_group(subject, subject.runner(graphs), scheduler, group, hit, preempted)
         scheduler.check_integrity()

@@ -18,7 +18,7 @@ PROMPTS = [[5, 9, 11, 20, 7] * 5, [3, 4, 5], list(range(10, 50))]
 NEW_TOKENS = 12
 
 
-@pytest.mark.parametrize(("chunk", "blocks"), [(7, 64), (64, 64), (64, 10)])
+@pytest.mark.parametrize(("chunk", "blocks"), [(7, 64), (64, 64), (64, 13)])
 def test_greedy_output_is_that_of_the_float64_reference(chunk: int, blocks: int, tmp_path: Path) -> None:
     import transformers
 
@@ -34,4 +34,4 @@ def test_greedy_output_is_that_of_the_float64_reference(chunk: int, blocks: int,
         with torch.inference_mode():
             logits = reference(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
         assert logits.argmax(-1).tolist() == ours
-    assert (engine.scheduler.num_preemptions > 0) == (blocks == 10)
+    assert (engine.scheduler.num_preemptions > 0) == (blocks == 13)
