@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -34,6 +35,8 @@ from cloud.serving.torch_backend import TorchBackend
 
 DEVICES = ("cuda",)
 ROUNDS = 2
+TRACED_STEPS = 16
+PROFILE_ROWS = 12
 # vLLM 0.21.0 on one H100 where the issue names no other goal
 GOALS = [
     Goal("qwen3_06b_mix_tok_s", 17_000, ">="),
@@ -59,6 +62,7 @@ GOALS = [
     Goal("qwen3_moe_start_s", 15, "<="),
 ]
 MAX_CONTEXT = 9216
+BLOCK_SIZE = 64  # tokens; whole tiles of prefill, so that the copy engine fetches them
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 
 
@@ -166,9 +170,11 @@ def build(config: DecoderConfig, num_blocks: int) -> Bench:
     """An engine ready to serve: weights on the device, kernels compiled, graphs captured."""
     device = torch.device("cuda")
     decoder, size, of_experts = random_decoder(config, device)
-    kv = KvPool(KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "bfloat16"), num_blocks, "cuda")
+    kv = KvPool(
+        KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16"), num_blocks, "cuda"
+    )
     scheduler = Scheduler(
-        BlockPool(num_blocks, 16),
+        BlockPool(num_blocks, BLOCK_SIZE),
         SchedulerConfig(
             max_batch_tokens=16_640, max_chunk_tokens=8192, max_running=256, max_waiting=1024,
             max_context_tokens=MAX_CONTEXT,
@@ -178,6 +184,8 @@ def build(config: DecoderConfig, num_blocks: int) -> Bench:
     runner.capture()
     bench = Bench(OverlappedEngine(runner, scheduler, kv, "bench", config.vocab_size), config, size, of_experts)
     bench.seconds([(64, 3), (300, 3)])
+    gc.collect()
+    gc.freeze()  # as the worker does: what lives as long as the engine need not be looked at again
     return bench
 
 
@@ -207,33 +215,53 @@ def mix(bench: Bench, seed: int) -> float:
     return sum(outputs) / bench.seconds(list(zip(prompts, outputs, strict=True)))
 
 
-def idle_share(bench: Bench) -> dict[str, float]:
-    """Share of a decode run at batch 256 in which no kernel ran, and where the time went, from a trace."""
-    requests = bench.requests([(256, 40)] * 256)
+def traced(bench: Bench, batch: int) -> dict[str, float]:
+    """Share of a decode run in which no kernel ran; prints where the time of a step goes, kernel by kernel."""
+    requests = bench.requests([(512, 40)] * batch)
     for request in requests:
         bench.engine.scheduler.add(request)
     while bench.engine.scheduler.waiting or any(r.num_output_tokens < 4 for r in requests):
         bench.engine.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        for _ in range(16):
+        for _ in range(TRACED_STEPS):
             bench.engine.step()
         torch.cuda.synchronize()
     while any(r.finish_reason is None for r in requests) or bench.engine.has_pending:
         bench.engine.step()
-    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type.name == "CUDA")
+    kernels = [e for e in trace.events() if e.device_type.name == "CUDA"]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
     busy, end = 0.0, spans[0][0]
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     total = end - spans[0][0]
-    print(trace.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=60))
-    return {"idle_share_b256": 1 - busy / total, "step_us_b256": total / 16}
+    _print_profile(f"batch {batch}", kernels, total, TRACED_STEPS)
+    return {f"idle_share_b{batch}": 1 - busy / total, f"step_us_b{batch}": total / TRACED_STEPS}
+
+
+def trace_prefill(bench: Bench) -> None:
+    """Print where a prompt of 8,192 tokens spends its time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        seconds = bench.seconds([(8192, 1)])
+    kernels = [e for e in trace.events() if e.device_type.name == "CUDA"]
+    _print_profile("prefill of 8192", kernels, seconds * 1e6, 1)
+
+
+def _print_profile(what: str, kernels: Sequence[Any], total_us: float, num_steps: int) -> None:
+    """The kernels that take most of a step, in microseconds and launches per step."""
+    by_name: dict[str, list[float]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, []).append(kernel.time_range.elapsed_us())
+    print(f"{what}: {total_us / num_steps:.0f} us, {len(kernels) / num_steps:.0f} launches", file=sys.stderr)
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:PROFILE_ROWS]:
+        mean, count = sum(times) / len(times), len(times) / num_steps
+        print(f"  {sum(times) / num_steps:8.1f} us = {count:6.1f} x {mean:8.2f}  {name[:70]}", file=sys.stderr)
 
 
 def host_step_ms(bench: Bench) -> float:
     """Host time of one scheduler step (schedule and complete) with 256 running, without the device."""
     scheduler = Scheduler(
-        BlockPool(bench.engine.pool.num_blocks, 16),
+        BlockPool(bench.engine.pool.num_blocks, BLOCK_SIZE),
         SchedulerConfig(
             max_batch_tokens=16_640, max_chunk_tokens=8192, max_running=256, max_waiting=1024,
             max_context_tokens=MAX_CONTEXT,
@@ -254,7 +282,7 @@ def measure(name: str, copy_gb_s: float, matmul_tflops: float, quick: bool) -> d
     """All figures of one model."""
     begin = time.perf_counter()
     config = SHAPES[name]
-    bench = build(config, 20_000 if name == "llama3_8b" else 24_000)
+    bench = build(config, (320_000 if name == "llama3_8b" else 384_000) // BLOCK_SIZE)
     torch.cuda.synchronize()
     figures = {"start_s": time.perf_counter() - begin}
     bench.seconds([(8192, 1)])
@@ -269,7 +297,9 @@ def measure(name: str, copy_gb_s: float, matmul_tflops: float, quick: bool) -> d
         figures[f"tpot_share_b{batch}"] = bound_ms / figures[f"tpot_ms_b{batch}"]
     mix(bench, 1)
     figures["mix_tok_s"] = mix(bench, 0)
-    figures |= idle_share(bench)
+    for batch in (1, 8, 64, 256):
+        figures |= traced(bench, batch)
+    trace_prefill(bench)
     figures["scheduler_step_ms_256"] = host_step_ms(bench)
     for key, value in figures.items():
         print(f"{name}_{key:32s} {value:12.5g}", file=sys.stderr, flush=True)

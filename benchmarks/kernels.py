@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 
 from benchmarks.harness import Goal
-from kernels import activation, attention, kv_cache, moe, norm, quant, reference
+from kernels import activation, attention, gemv, kv_cache, moe, norm, quant, reference
 
 DEVICES = ("cuda",)
 GOALS = [
@@ -34,27 +34,13 @@ GOALS = [
 ]
 HEAD_DIM = 128
 DECODE_TILES = [
-    attention.Tile(16, n, w, s)
-    for n, w, s in ((32, 2, 4), (64, 4, 3), (64, 2, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3))
+    attention.Tile(16, n, w, s) for n, w, s in ((32, 2, 4), (64, 4, 3), (64, 2, 3), (64, 4, 4), (64, 4, 5), (64, 8, 3))
 ]
 PREFILL_TILES = [
     attention.Tile(m, n, w, s)
-    for m, n, w, s in (
-        (128, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-        (64, 64, 4, 3),
-        (64, 128, 4, 3),
-        (128, 64, 8, 4),
-        (128, 64, 8, 5),
-        (128, 128, 8, 4),
-        (256, 64, 8, 3),
-        (256, 64, 8, 4),
-        (64, 64, 4, 4),
-        (128, 32, 4, 5),
-    )
+    for m, n, w, s in ((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2))
 ]
+GEMV_SHAPES = {"small": (6144, 1024), "square": (4096, 4096), "wide": (28672, 4096), "deep": (4096, 14336)}
 
 
 def seconds(call: Callable[[], Any], quick: bool) -> float:
@@ -244,21 +230,55 @@ def run(quick: bool, device: str = "cuda") -> dict[str, float]:
     figures |= prefill_attention(figures["matmul_tflops"], quick)
     figures |= elementwise(figures["copy_gb_s"], quick)
     figures |= experts(figures["copy_gb_s"], figures["matmul_tflops"], quick)
+    figures |= vector_products(figures["copy_gb_s"], quick)
     figures |= quantised(figures["copy_gb_s"], figures["matmul_tflops"], quick)
     for name, value in figures.items():
         print(f"{name:42s} {value:12.5g}", file=sys.stderr)
     return figures
 
 
+def vector_products(copy_gb_s: float, quick: bool) -> dict[str, float]:
+    """Products of few rows with weights of true sizes, a new weight each time so that no cache helps."""
+    figures = {}
+    for name, (columns, depth) in GEMV_SHAPES.items():
+        weights = [rand(columns, depth) for _ in range(max(2, (200 << 20) // (2 * columns * depth)))]
+        for rows in (1, 2, 4):
+            x, out = rand(rows, depth), rand(rows, columns)
+            ours = _graph_seconds([functools.partial(gemv.linear, x, w, out) for w in weights])
+            library = _graph_seconds([functools.partial(torch.nn.functional.linear, x, w) for w in weights])
+            figures[f"gemv_{name}_share_{rows}"] = 2 * columns * depth / ours / 1e9 / copy_gb_s
+            figures[f"gemv_{name}_vs_library_{rows}"] = library / ours
+    x, w, out = rand(1, 4096), rand(512, 4096), rand(1, 512)
+    figures["gemv_error"] = relative_error(gemv.linear(x, w, out), x.double() @ w.double().T)
+    return figures
+
+
+def _graph_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    """Time of one of these calls when a graph runs them one after the other, best of ten runs of the graph."""
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return min(times)
+
+
 def tune() -> None:
     """Time every tile on the shapes that decide, and print a table."""
-    for page in (16, 128):
+    for page in (16, 64):
         case = PagedCase(128, 2048, 8, 4, page)
         for tile in DECODE_TILES:
-            for splits in (1, 2, 4):
-                _print_tile(
-                    f"decode page {page} splits {splits}", tile, case.decode(tile, splits), case.kv_bytes / 1e9, "GB/s"
-                )
+            _print_tile(f"decode page {page}", tile, case.decode(tile, 1), case.kv_bytes / 1e9, "GB/s")
+    for page in (16, 64, 128):
         case = PagedCase(1, 8192, 8, 4, page)
         for tile in PREFILL_TILES:
             work = 4 * case.heads * HEAD_DIM * 8192 * 8192 / 2 / 1e12

@@ -25,6 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.launch import let_next_start, overlap, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 MAX_INT32 = 2**31 - 1
@@ -55,9 +58,9 @@ def _kv_offsets(
 ):
     """Element offsets [BLOCK_N] of the KV rows at positions `o_n` of one sequence."""
     if BLOCK_SIZE % BLOCK_N == 0:  # the tile lies inside one block: one load of the table
-        block = tl.load(p_table + start // BLOCK_SIZE).to(tl.int64)
-        return block * stride_block + (o_n % BLOCK_SIZE) * stride_slot
-    blocks = tl.load(p_table + o_n // BLOCK_SIZE, mask=m_n, other=0)
+        blocks = tl.load(p_table + start // BLOCK_SIZE)
+    else:
+        blocks = tl.load(p_table + o_n // BLOCK_SIZE, mask=m_n, other=0)
     if IS_LARGE:  # 64-bit products per row cost registers and time; most pools do without
         blocks = blocks.to(tl.int64)
     return blocks * stride_block + (o_n % BLOCK_SIZE) * stride_slot
@@ -95,10 +98,13 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_LARGE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     i_kv = tl.program_id(0)
     i_seq = tl.program_id(1)
     i_split = tl.program_id(2)
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     seq_len = tl.load(p_lens + i_seq)
     num_tiles = tl.cdiv(seq_len, BLOCK_N)
     tiles_per_split = tl.cdiv(num_tiles, NUM_SPLITS)
@@ -164,9 +170,12 @@ def _reduce_kernel(
     NUM_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     i_head = tl.program_id(0)
     i_seq = tl.program_id(1)
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     o_s = tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
@@ -191,6 +200,8 @@ def _prefill_kernel(
     p_q,
     p_k,
     p_v,
+    d_k,
+    d_v,
     p_table,
     p_lens,
     p_starts,
@@ -217,6 +228,7 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_LARGE: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
 ):
     i_tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the tiles with the longest context start first
     i_kv = tl.program_id(0)
@@ -256,14 +268,15 @@ def _prefill_kernel(
     full_end = (prefix_len + o_first + 1) // BLOCK_N * BLOCK_N  # tiles before it need no mask for any of our rows
     end = tl.minimum(prefix_len + o_first + BLOCK_Q, seq_len)
     for start in range(0, full_end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < seq_len
-        o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
-        o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
-        if HEAD_DIM == BLOCK_D:
-            b_k = tl.load(p_k + o_k[None, :] + o_d[:, None])
-            b_v = tl.load(p_v + o_v[:, None] + o_d[None, :])
+        if HAS_DESCRIPTORS:
+            row = tl.load(p_table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+            b_k = tl.trans(d_k.load([row, i_kv * HEAD_DIM]))
+            b_v = d_v.load([row, i_kv * HEAD_DIM])
         else:
+            o_n = start + tl.arange(0, BLOCK_N)
+            m_n = o_n < seq_len
+            o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+            o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
             b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_d[:, None], other=0.0)
             b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee")
@@ -277,10 +290,15 @@ def _prefill_kernel(
     for start in range(full_end, end, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < end
-        o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
-        o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
-        b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+        if HAS_DESCRIPTORS:
+            row = tl.load(p_table + start // BLOCK_SIZE) * BLOCK_SIZE + start % BLOCK_SIZE
+            b_k = tl.trans(d_k.load([row, i_kv * HEAD_DIM]))
+            b_v = tl.where(m_n[:, None], d_v.load([row, i_kv * HEAD_DIM]), 0.0)  # behind the context may lie anything
+        else:
+            o_k = _kv_offsets(p_table, o_n, m_n, start, stride_kb, stride_ks, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+            o_v = _kv_offsets(p_table, o_n, m_n, start, stride_vb, stride_vs, BLOCK_SIZE, BLOCK_N, IS_LARGE)
+            b_k = tl.load(p_k + o_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
+            b_v = tl.load(p_v + o_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
         b_s = tl.dot(b_q, b_k.to(b_q.dtype), input_precision="ieee") * scale_log2
         b_s = tl.where(o_n[None, :] <= position[:, None], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -318,16 +336,36 @@ class SplitWorkspace:
 
 def decode_tile(group: int, head_dim: int) -> Tile:
     """The tile used for decode; measured on Hopper (benchmarks/kernels.py --tune)."""
-    columns = 64 if head_dim <= 128 else 32
-    return Tile(max(MIN_ROWS, triton.next_power_of_2(group)), columns, 4, 3)
+    return Tile(max(MIN_ROWS, triton.next_power_of_2(group)), 32, 2 if head_dim <= 128 else 4, 4)
 
 
-def prefill_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
+def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, has_descriptors: bool = False) -> Tile:
     """The tile used for prefill; measured on Hopper (benchmarks/kernels.py --tune)."""
     rows = max(128, triton.next_power_of_2(group))
     if dtype == torch.float32:  # three times the shared memory of bf16 tiles would not fit
         return Tile(max(32, triton.next_power_of_2(group)), 32, 4, 2)
-    return Tile(rows, 64 if head_dim > 128 else 128, 8, 2 if head_dim > 128 else 3)
+    if head_dim > 128:
+        return Tile(rows, 64, 8, 2)
+    return Tile(rows, 64, 4, 3) if has_descriptors else Tile(rows, 128, 8, 3)
+
+
+def _suits_descriptors(q: Tensor, cache: Tensor) -> bool:
+    """Whether the GPU's copy engine can fetch tiles of this cache: rows at one distance, heads packed."""
+    _, block_size, _, head_dim = cache.shape
+    return (
+        cache.dtype == q.dtype != torch.float32
+        and head_dim in (64, 128, 256)
+        and cache.stride(2) == head_dim
+        and cache.stride(0) == block_size * cache.stride(1)
+        and cache.data_ptr() % 16 == 0
+    )
+
+
+def _descriptor(cache: Tensor, rows: int) -> TensorDescriptor:
+    """The cache as a matrix [blocks * block_size, kv_heads * head_dim], to be read in tiles of one head."""
+    num_blocks, block_size, num_kv_heads, head_dim = cache.shape
+    shape = [num_blocks * block_size, num_kv_heads * head_dim]
+    return TensorDescriptor(cache, shape, [cache.stride(1), 1], [rows, head_dim])
 
 
 def is_large(k_cache: Tensor, v_cache: Tensor) -> bool:
@@ -383,13 +421,14 @@ def decode(
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[1], NUM_SPLITS=num_splits,
         BLOCK_H=tile.rows, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_N=tile.columns,
         IS_LARGE=is_large(k_cache, v_cache),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **overlap(q),
     )  # fmt: skip
     if num_splits > 1:
         _reduce_kernel[(num_heads, num_seqs)](
             partial, lse, context_lens, out, v_scale, out.stride(0), out.stride(1),
             NUM_HEADS=num_heads, HEAD_DIM=head_dim, NUM_SPLITS=num_splits, BLOCK_S=triton.next_power_of_2(num_splits),
             BLOCK_D=triton.next_power_of_2(head_dim), num_warps=2 if num_splits <= 16 else 4,
+            **overlap(q),
         )  # fmt: skip
     return out
 
@@ -413,19 +452,23 @@ def prefill(
     tokens are the last of its context.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
+    block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     num_seqs = query_starts.shape[0] - 1
-    tile = tile or prefill_tile(group, head_dim, q.dtype)
+    has_descriptors = block_size % 64 == 0 and _suits_descriptors(q, k_cache) and _suits_descriptors(q, v_cache)
+    tile = tile or prefill_tile(group, head_dim, q.dtype, has_descriptors)
+    has_descriptors = has_descriptors and block_size % tile.columns == 0
+    d_k, d_v = (_descriptor(c, tile.columns) if has_descriptors else c for c in (k_cache, v_cache))
     block_q = tile.rows // group
     num_tiles = num_tokens // block_q + num_seqs  # an upper bound that needs no look at the device
     _prefill_kernel[(num_kv_heads, num_tiles)](
-        q, k_cache, v_cache, block_tables, context_lens, query_starts, out, num_seqs, scale * LOG2_E * k_scale, v_scale,
+        q, k_cache, v_cache, d_k, d_v, block_tables, context_lens, query_starts, out, num_seqs,
+        scale * LOG2_E * k_scale, v_scale,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         v_cache.stride(0), v_cache.stride(1), v_cache.stride(2), block_tables.stride(0), out.stride(0), out.stride(1),
         GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[1], BLOCK_Q=block_q, BLOCK_M=tile.rows,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), BLOCK_N=tile.columns,
-        IS_LARGE=is_large(k_cache, v_cache),
+        IS_LARGE=is_large(k_cache, v_cache), HAS_DESCRIPTORS=has_descriptors,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

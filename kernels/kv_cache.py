@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import let_next_start, overlap, wait_for_previous
+
 PACK_ROWS = 32  # heads of one token that one program packs
 ROTARY_HEADS = 16  # query heads that one program rotates, at least one KV head's
 
@@ -60,6 +62,7 @@ def _rotary_write_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One token and KV_PER_PROGRAM of its KV heads with all their query heads."""
     i_token = tl.program_id(0).to(tl.int64)
@@ -68,6 +71,8 @@ def _rotary_write_kernel(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     o = tl.arange(0, BLOCK_HALF)
     m = o < HALF
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     p_in = p_qkv + i_token * stride_t
     p_table = p_cos_sin + tl.load(p_positions + i_token).to(tl.int64) * stride_cs
     b_cos = tl.load(p_table + o, mask=m, other=0.0).to(tl.float32)[None, :]
@@ -193,6 +198,7 @@ def rotary_and_write(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[1],
         HAS_NORM=norms is not None, KV_PER_PROGRAM=per_program, BLOCK_Q=triton.next_power_of_2(per_program * group),
         BLOCK_KV=triton.next_power_of_2(per_program), BLOCK_HALF=triton.next_power_of_2(head_dim // 2), num_warps=4,
+        **overlap(qkv),
     )  # fmt: skip
     return q_out
 

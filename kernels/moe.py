@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import activation
+from kernels.launch import let_next_start, overlap, wait_for_previous
 
 GROUP_BLOCK = 2048  # pairs that one step of the counting sort looks at
 
@@ -49,11 +49,14 @@ def _route_kernel(
     IS_RENORMALISED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     i_token = tl.program_id(0).to(tl.int64)
     o_e = tl.arange(0, BLOCK_E)
     o_k = tl.arange(0, BLOCK_K)
     m_e = o_e < NUM_EXPERTS
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     b_logits = tl.load(p_logits + i_token * stride + o_e, mask=m_e, other=float("-inf")).to(tl.float32)
     b_left = tl.exp(b_logits - tl.max(b_logits, 0))
     b_left = tl.where(m_e, b_left / tl.sum(b_left, 0), -1.0)
@@ -110,7 +113,8 @@ def _product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The first product reads tokens and writes sorted rows; the second reads sorted rows and writes scaled pairs."""
+    """The first product reads tokens and writes sorted rows of silu(gate) * up, the gate's columns before the up's; the
+    second reads sorted rows and writes scaled pairs."""
     i_n = tl.program_id(0)
     i_tile = tl.program_id(1)
     low = 0
@@ -140,15 +144,23 @@ def _product_kernel(
     p_a = p_x + sources[:, None] * stride_x + o_k[None, :]
     p_b = p_w + tl.cast(low, tl.int64) * stride_we + o_n[None, :] * stride_wn + o_k[:, None]
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            b_a = tl.load(p_a + k, mask=m_m[:, None], other=0.0)
-            b_b = tl.load(p_b + k, mask=m_n[None, :], other=0.0)
-        else:
-            b_a = tl.load(p_a + k, mask=m_m[:, None] & (k + o_k < K)[None, :], other=0.0)
-            b_b = tl.load(p_b + k, mask=m_n[None, :] & (k + o_k < K)[:, None], other=0.0)
+        m_a = m_m[:, None]
+        m_b = m_n[None, :]
+        if K % BLOCK_K != 0:
+            m_a = m_a & (k + o_k < K)[None, :]
+            m_b = m_b & (k + o_k < K)[:, None]
+        b_a = tl.load(p_a + k, mask=m_a, other=0.0)
+        b_b = tl.load(p_b + k, mask=m_b, other=0.0)
+        if IS_FIRST:
+            b_up = tl.load(p_b + N * stride_wn + k, mask=m_b, other=0.0)
         b_acc = tl.dot(b_a, b_b, acc=b_acc, input_precision="ieee")
-    if not IS_FIRST:
+        if IS_FIRST:
+            b_acc_up = tl.dot(b_a, b_up, acc=b_acc_up, input_precision="ieee")
+    if IS_FIRST:
+        b_acc = b_acc / (1.0 + tl.exp(-b_acc)) * b_acc_up
+    else:
         b_acc = b_acc * tl.load(p_scales + pairs, mask=m_m, other=0.0)[:, None]
     p_o = p_out + targets[:, None] * stride_o + o_n[None, :]
     tl.store(p_o, b_acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
@@ -176,6 +188,7 @@ def route(logits: Tensor, top_k: int, is_renormalised: bool) -> tuple[Tensor, Te
         logits, weights, experts, logits.stride(0), NUM_EXPERTS=num_experts, TOP_K=top_k,
         IS_RENORMALISED=is_renormalised, BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_K=triton.next_power_of_2(top_k), num_warps=1 if num_experts <= 256 else 4,
+        **overlap(logits),
     )  # fmt: skip
     return weights, experts
 
@@ -200,22 +213,22 @@ def experts_mlp(
     x [tokens, hidden], gate_up [experts, 2 * width, hidden], down [experts, hidden, width]; the routing as of `route`.
     """
     num_tokens, top_k = experts.shape
-    num_experts, double, hidden = gate_up.shape
+    num_experts, hidden, width = down.shape
     num_pairs = num_tokens * top_k
     tile = tile or product_tile(num_pairs, num_experts)
     order, starts = group(experts, num_experts)
     num_tiles = num_pairs // tile.rows + num_experts
 
-    def product(source: Tensor, w: Tensor, is_first: bool) -> Tensor:
-        out = source.new_empty(num_pairs, w.shape[1])
-        _product_kernel[(triton.cdiv(w.shape[1], tile.columns), num_tiles)](
+    def product(source: Tensor, w: Tensor, out: Tensor, is_first: bool) -> Tensor:
+        columns = tile.columns // 2 if is_first else tile.columns  # the first product computes two outputs of a column
+        _product_kernel[(triton.cdiv(out.shape[1], columns), num_tiles)](
             source, w, order, starts, weights, out, source.stride(0), w.stride(0), w.stride(1), out.stride(0),
-            NUM_EXPERTS=num_experts, N=w.shape[1], K=w.shape[2], TOP_K=top_k, IS_FIRST=is_first,
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
+            NUM_EXPERTS=num_experts, N=out.shape[1], K=w.shape[2], TOP_K=top_k, IS_FIRST=is_first,
+            BLOCK_M=tile.rows, BLOCK_N=columns, BLOCK_K=tile.depth,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return out
 
-    both = product(x, gate_up, is_first=True)
-    inner = activation.silu_mul(both, both.new_empty(num_pairs, double // 2))
-    return product(inner, down, is_first=False).view(num_tokens, top_k, hidden).sum(dim=1)
+    inner = product(x, gate_up, x.new_empty(num_pairs, width), is_first=True)
+    pairs = product(inner, down, x.new_empty(num_pairs, hidden), is_first=False)
+    return pairs.view(num_tokens, top_k, hidden).sum(dim=1)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import let_next_start, overlap, wait_for_previous
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -27,10 +29,13 @@ def _rms_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     m = o < width
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     b_x = tl.load(p_x + row * stride_x + o, mask=m, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         b_r = tl.load(p_residual + row * stride_r + o, mask=m, other=0.0).to(tl.float32)
@@ -49,6 +54,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     _rms_norm_kernel[(num_rows,)](
         x, other, weight, out, x.stride(0), other.stride(0), out.stride(0), width, eps,
         HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        **overlap(x),
     )  # fmt: skip
     return out
 

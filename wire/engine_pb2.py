@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11wire/engine.proto\x12\x13\x66oreshore.engine.v1\"\x8f\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"\x84\x02\n\x0fGenerateRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.foreshore.engine.v1.Sampling\x12\x0c\n\x04salt\x18\x06 \x01(\x0c\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x38\n\x07prefill\x18\x08 \x01(\x0b\x32\".foreshore.engine.v1.PrefillSourceH\x00\x88\x01\x01\x42\n\n\x08_prefill\"0\n\rPrefillSource\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa9\x01\n\rGenerateEvent\x12/\n\x07started\x18\x01 \x01(\x0b\x32\x1c.foreshore.engine.v1.StartedH\x00\x12+\n\x05token\x18\x02 \x01(\x0b\x32\x1a.foreshore.engine.v1.TokenH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.foreshore.engine.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x88\x01\n\x07Started\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x02 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fprefill_failure\x18\x04 \x01(\t\x12\x1c\n\x14remote_cached_tokens\x18\x05 \x01(\r\"i\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12,\n\x03top\x18\x03 \x03(\x0b\x32\x1f.foreshore.engine.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x1a\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb4\x01\n\x0ePrefillRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x17\n\x0fnum_held_blocks\x18\x06 \x01(\r\x12\x13\n\x0blease_epoch\x18\x07 \x01(\x06\x12\x10\n\x08priority\x18\x08 \x01(\x11\"x\n\x0cPrefillEvent\x12-\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x1c.foreshore.engine.v1.KvBlockH\x00\x12\x30\n\x04\x64one\x18\x02 \x01(\x0b\x32 .foreshore.engine.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\x93\x01\n\x07KvBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\nblock_hash\x18\x02 \x01(\x0c\x12\x13\n\x0blease_epoch\x18\x03 \x01(\x06\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\x12\x16\n\x0e\x63ontent_digest\x18\x07 \x01(\x0c\"8\n\x0bPrefillDone\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"G\n\rStatusRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1c\n\x14known_prefix_version\x18\x02 \x01(\x04\"\xdc\x03\n\x0bStatusReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nboot_epoch\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x08 \x01(\r\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x13\n\x0bnum_waiting\x18\n \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x0b \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x0c \x01(\r\x12\x1c\n\x14prefill_tokens_total\x18\r \x01(\x04\x12\x1b\n\x13output_tokens_total\x18\x0e \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0f \x01(\x04\x12\x17\n\x0f\x65victions_total\x18\x10 \x01(\x04\x12\x16\n\x0eprefix_version\x18\x11 \x01(\x04\x12\x10\n\x08prefixes\x18\x12 \x01(\x0c\x12\x1e\n\x16handoff_refusals_total\x18\x13 \x01(\x04\x12\x1b\n\x13handoff_bytes_total\x18\x14 \x01(\x04\"<\n\x0c\x41\x62ortRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"!\n\nAbortReply\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\x32\xd2\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.foreshore.engine.v1.GenerateRequest\x1a\".foreshore.engine.v1.GenerateEvent0\x01\x12S\n\x07Prefill\x12#.foreshore.engine.v1.PrefillRequest\x1a!.foreshore.engine.v1.PrefillEvent0\x01\x12N\n\x06Status\x12\".foreshore.engine.v1.StatusRequest\x1a .foreshore.engine.v1.StatusReply\x12K\n\x05\x41\x62ort\x12!.foreshore.engine.v1.AbortRequest\x1a\x1f.foreshore.engine.v1.AbortReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11wire/engine.proto\x12\x13\x66oreshore.engine.v1\"\xa4\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bjson_schema\x18\r \x01(\tB\x0b\n\t_logprobs\"\x84\x02\n\x0fGenerateRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.foreshore.engine.v1.Sampling\x12\x0c\n\x04salt\x18\x06 \x01(\x0c\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x38\n\x07prefill\x18\x08 \x01(\x0b\x32\".foreshore.engine.v1.PrefillSourceH\x00\x88\x01\x01\x42\n\n\x08_prefill\"0\n\rPrefillSource\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa9\x01\n\rGenerateEvent\x12/\n\x07started\x18\x01 \x01(\x0b\x32\x1c.foreshore.engine.v1.StartedH\x00\x12+\n\x05token\x18\x02 \x01(\x0b\x32\x1a.foreshore.engine.v1.TokenH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.foreshore.engine.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x88\x01\n\x07Started\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x17\n\x0freceived_tokens\x18\x02 \x01(\r\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fprefill_failure\x18\x04 \x01(\t\x12\x1c\n\x14remote_cached_tokens\x18\x05 \x01(\r\"i\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12,\n\x03top\x18\x03 \x03(\x0b\x32\x1f.foreshore.engine.v1.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x1a\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb4\x01\n\x0ePrefillRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x17\n\x0fnum_held_blocks\x18\x06 \x01(\r\x12\x13\n\x0blease_epoch\x18\x07 \x01(\x06\x12\x10\n\x08priority\x18\x08 \x01(\x11\"x\n\x0cPrefillEvent\x12-\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x1c.foreshore.engine.v1.KvBlockH\x00\x12\x30\n\x04\x64one\x18\x02 \x01(\x0b\x32 .foreshore.engine.v1.PrefillDoneH\x00\x42\x07\n\x05\x65vent\"\x93\x01\n\x07KvBlock\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\nblock_hash\x18\x02 \x01(\x0c\x12\x13\n\x0blease_epoch\x18\x03 \x01(\x06\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\x12\x16\n\x0e\x63ontent_digest\x18\x07 \x01(\x0c\"8\n\x0bPrefillDone\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"G\n\rStatusRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1c\n\x14known_prefix_version\x18\x02 \x01(\x04\"\xdc\x03\n\x0bStatusReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nboot_epoch\x18\x04 \x01(\x06\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x08 \x01(\r\x12\x13\n\x0bnum_running\x18\t \x01(\r\x12\x13\n\x0bnum_waiting\x18\n \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x0b \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x0c \x01(\r\x12\x1c\n\x14prefill_tokens_total\x18\r \x01(\x04\x12\x1b\n\x13output_tokens_total\x18\x0e \x01(\x04\x12\x19\n\x11preemptions_total\x18\x0f \x01(\x04\x12\x17\n\x0f\x65victions_total\x18\x10 \x01(\x04\x12\x16\n\x0eprefix_version\x18\x11 \x01(\x04\x12\x10\n\x08prefixes\x18\x12 \x01(\x0c\x12\x1e\n\x16handoff_refusals_total\x18\x13 \x01(\x04\x12\x1b\n\x13handoff_bytes_total\x18\x14 \x01(\x04\"<\n\x0c\x41\x62ortRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"!\n\nAbortReply\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\x32\xd2\x02\n\x06\x45ngine\x12V\n\x08Generate\x12$.foreshore.engine.v1.GenerateRequest\x1a\".foreshore.engine.v1.GenerateEvent0\x01\x12S\n\x07Prefill\x12#.foreshore.engine.v1.PrefillRequest\x1a!.foreshore.engine.v1.PrefillEvent0\x01\x12N\n\x06Status\x12\".foreshore.engine.v1.StatusRequest\x1a .foreshore.engine.v1.StatusReply\x12K\n\x05\x41\x62ort\x12!.foreshore.engine.v1.AbortRequest\x1a\x1f.foreshore.engine.v1.AbortReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,37 +32,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING']._serialized_start=43
-  _globals['_SAMPLING']._serialized_end=314
-  _globals['_GENERATEREQUEST']._serialized_start=317
-  _globals['_GENERATEREQUEST']._serialized_end=577
-  _globals['_PREFILLSOURCE']._serialized_start=579
-  _globals['_PREFILLSOURCE']._serialized_end=627
-  _globals['_GENERATEEVENT']._serialized_start=630
-  _globals['_GENERATEEVENT']._serialized_end=799
-  _globals['_STARTED']._serialized_start=802
-  _globals['_STARTED']._serialized_end=938
-  _globals['_TOKEN']._serialized_start=940
-  _globals['_TOKEN']._serialized_end=1045
-  _globals['_TOPLOGPROB']._serialized_start=1047
-  _globals['_TOPLOGPROB']._serialized_end=1094
-  _globals['_FINISHED']._serialized_start=1096
-  _globals['_FINISHED']._serialized_end=1122
-  _globals['_PREFILLREQUEST']._serialized_start=1125
-  _globals['_PREFILLREQUEST']._serialized_end=1305
-  _globals['_PREFILLEVENT']._serialized_start=1307
-  _globals['_PREFILLEVENT']._serialized_end=1427
-  _globals['_KVBLOCK']._serialized_start=1430
-  _globals['_KVBLOCK']._serialized_end=1577
-  _globals['_PREFILLDONE']._serialized_start=1579
-  _globals['_PREFILLDONE']._serialized_end=1635
-  _globals['_STATUSREQUEST']._serialized_start=1637
-  _globals['_STATUSREQUEST']._serialized_end=1708
-  _globals['_STATUSREPLY']._serialized_start=1711
-  _globals['_STATUSREPLY']._serialized_end=2187
-  _globals['_ABORTREQUEST']._serialized_start=2189
-  _globals['_ABORTREQUEST']._serialized_end=2249
-  _globals['_ABORTREPLY']._serialized_start=2251
-  _globals['_ABORTREPLY']._serialized_end=2284
-  _globals['_ENGINE']._serialized_start=2287
-  _globals['_ENGINE']._serialized_end=2625
+  _globals['_SAMPLING']._serialized_end=335
+  _globals['_GENERATEREQUEST']._serialized_start=338
+  _globals['_GENERATEREQUEST']._serialized_end=598
+  _globals['_PREFILLSOURCE']._serialized_start=600
+  _globals['_PREFILLSOURCE']._serialized_end=648
+  _globals['_GENERATEEVENT']._serialized_start=651
+  _globals['_GENERATEEVENT']._serialized_end=820
+  _globals['_STARTED']._serialized_start=823
+  _globals['_STARTED']._serialized_end=959
+  _globals['_TOKEN']._serialized_start=961
+  _globals['_TOKEN']._serialized_end=1066
+  _globals['_TOPLOGPROB']._serialized_start=1068
+  _globals['_TOPLOGPROB']._serialized_end=1115
+  _globals['_FINISHED']._serialized_start=1117
+  _globals['_FINISHED']._serialized_end=1143
+  _globals['_PREFILLREQUEST']._serialized_start=1146
+  _globals['_PREFILLREQUEST']._serialized_end=1326
+  _globals['_PREFILLEVENT']._serialized_start=1328
+  _globals['_PREFILLEVENT']._serialized_end=1448
+  _globals['_KVBLOCK']._serialized_start=1451
+  _globals['_KVBLOCK']._serialized_end=1598
+  _globals['_PREFILLDONE']._serialized_start=1600
+  _globals['_PREFILLDONE']._serialized_end=1656
+  _globals['_STATUSREQUEST']._serialized_start=1658
+  _globals['_STATUSREQUEST']._serialized_end=1729
+  _globals['_STATUSREPLY']._serialized_start=1732
+  _globals['_STATUSREPLY']._serialized_end=2208
+  _globals['_ABORTREQUEST']._serialized_start=2210
+  _globals['_ABORTREQUEST']._serialized_end=2270
+  _globals['_ABORTREPLY']._serialized_start=2272
+  _globals['_ABORTREPLY']._serialized_end=2305
+  _globals['_ENGINE']._serialized_start=2308
+  _globals['_ENGINE']._serialized_end=2646
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ Fields that would change the answer and are not supported are refused by name; h
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -98,16 +99,34 @@ class Sampling(_Body):
             "seed": seed,
             "ignore_eos": self.ignore_eos,
         }
+        schema = self.json_schema
+        if schema is not None:
+            fields["json_schema"] = json.dumps(schema)
         return fields if num_logprobs is None else {**fields, "logprobs": num_logprobs}
+
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """The schema that `response_format` asks for; None for plain text."""
+        wanted = self.response_format or {}
+        kind = wanted.get("type", "text")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return {"type": "object"}
+        holder = wanted.get("json_schema")
+        schema = holder.get("schema") if kind == "json_schema" and isinstance(holder, dict) else None
+        if not isinstance(schema, dict):
+            raise InvalidInputError(
+                f"response_format of type {kind!r} without a schema is not supported",
+                remedy="use text, json_object, or json_schema with json_schema.schema",
+                param="response_format",
+            )
+        return schema
 
     def check_supported(self) -> None:
         """Refuse what would silently change the answer."""
-        kind = (self.response_format or {}).get("type", "text")
-        refused = {
-            "tools": bool(self.tools),
-            "logit_bias": bool(self.logit_bias),
-            "response_format": kind != "text",
-        }
+        _ = self.json_schema
+        refused = {"tools": bool(self.tools), "logit_bias": bool(self.logit_bias)}
         for name, is_used in refused.items():
             if is_used:
                 raise InvalidInputError(f"{name} is not supported", remedy=f"leave {name} out", param=name)

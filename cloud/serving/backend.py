@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cloud.serving.request import SamplingParams
+
+if TYPE_CHECKING:
+    from cloud.serving.guide import Guide
 
 Tensor = Any  # torch is not followed by the type checker
 
@@ -46,7 +49,8 @@ class SamplingRow:
     params: SamplingParams
     output_index: int  # 0 for the first output token; with the seed it fixes the draw
     prompt_token_ids: Sequence[int]  # read only with a repetition penalty
-    output_token_ids: Sequence[int]  # read only with penalties
+    output_token_ids: Sequence[int]  # read only with penalties or a guide
+    guide: Guide | None = None  # what may follow, for an answer that must match a schema
 
 
 @dataclass(frozen=True)

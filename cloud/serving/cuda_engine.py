@@ -43,6 +43,11 @@ class OverlappedEngine(Engine):
         """Whether a launched step has not been reported yet."""
         return self._pending is not None
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something: also a launched one must still be reported."""
+        return self.has_pending or self.scheduler.has_work
+
     def step(self) -> list[StepEvent]:
         """Launch the next step and report the one before; empty when there was none."""
         chunks = self.scheduler.schedule()

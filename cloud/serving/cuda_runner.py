@@ -21,7 +21,7 @@ from cloud.serving.cuda_step import UNKNOWN_TOKEN, CudaStep, StepShape, padded_s
 from cloud.serving.kv_pool import KvPool
 from cloud.serving.models.decoder import Decoder
 from cloud.serving.request import Request
-from cloud.serving.runner import _sampling_row
+from cloud.serving.runner import sampling_row
 from cloud.serving.sampler import sample
 from cloud.serving.scheduler import Chunk
 from kernels import attention
@@ -81,7 +81,7 @@ class CudaRunner:
         self._num_kv_heads = kv.layout.num_kv_heads
         self.step = CudaStep(decoder, kv, config.max_running + 1, 64, config.max_context_tokens)
         self._tables = np.zeros((config.max_running + 1, self.max_blocks), dtype=np.int32)
-        self._row_by_id: dict[str, _Row] = {}
+        self._row_by_request: dict[Request, _Row] = {}  # not by id: an id may come again
         self._free_rows = list(range(config.max_running))
         self._graphs: dict[int, tuple[StepShape, Any, Tensor, Tensor, Tensor]] = {}
         self._stages: list[tuple[Tensor, Any]] = []
@@ -148,10 +148,10 @@ class CudaRunner:
     def _collect(self, chunks: Sequence[Chunk], sampled: list[int], drawn: Tensor, logits: Tensor) -> InFlight:
         count = len(sampled)
         if any(not chunks[i].request.params.is_plain_greedy for i in sampled):
-            rows = [_sampling_row(chunks[i].request) for i in sampled]
+            rows = [sampling_row(chunks[i].request) for i in sampled]
             tokens = sample(logits[:count].float().cpu(), rows)
             ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int32, device=self.device)
-            where = [self._row_by_id[chunks[i].request.request_id].index for i in sampled]
+            where = [self._row_by_request[chunks[i].request].index for i in sampled]
             self.step.latest[torch.tensor(where, device=self.device)] = ids
             return InFlight(sampled, len(chunks), None, None, tokens)
         if not self.is_cuda:
@@ -210,9 +210,9 @@ class CudaRunner:
 
     def _row(self, request: Request) -> int:
         """The request's row, its block table up to date."""
-        row = self._row_by_id.get(request.request_id)
+        row = self._row_by_request.get(request)
         if row is None:
-            row = self._row_by_id[request.request_id] = _Row(self._free_rows.pop(), request.num_preemptions, 0)
+            row = self._row_by_request[request] = _Row(self._free_rows.pop(), request.num_preemptions, 0)
         if row.num_preemptions != request.num_preemptions:
             row.num_preemptions, row.num_blocks = request.num_preemptions, 0
         blocks = request.block_ids
@@ -223,9 +223,9 @@ class CudaRunner:
 
     def _forget_absent(self, chunks: Sequence[Chunk]) -> None:
         """Give back the rows of requests that are not part of this step."""
-        present = {chunk.request.request_id for chunk in chunks}
-        for request_id in [r for r in self._row_by_id if r not in present]:
-            self._free_rows.append(self._row_by_id.pop(request_id).index)
+        present = {chunk.request for chunk in chunks}
+        for request in [r for r in self._row_by_request if r not in present]:
+            self._free_rows.append(self._row_by_request.pop(request).index)
 
     def _copy_in(self, flat: np.ndarray[Any, Any], target: Tensor) -> None:
         """One copy to the device, through pinned memory whose last copy has finished."""

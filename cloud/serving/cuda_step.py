@@ -20,10 +20,11 @@ import torch.nn.functional as F
 
 from cloud.serving.kv_pool import KvPool
 from cloud.serving.models.decoder import Decoder, LayerWeights, rotary_tables
-from kernels import activation, attention, kv_cache, moe, norm
+from kernels import activation, attention, gemv, kv_cache, moe, norm, tokens
 
 Tensor = Any
 UNKNOWN_TOKEN = -1
+GEMV_ROWS = 2  # decoding rows up to which fused vector products beat the library's (benchmarks/kernels.py)
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,14 @@ class CudaStep:
         fields = shape.views(flat)
         weights, config = self.decoder.weights, self.decoder.config
         eps = config.norm_eps
-        tokens = torch.where(fields["tokens"] < 0, self.latest[fields["token_rows"]], fields["tokens"])
-        residual = F.embedding(tokens, weights.embedding)  # [T, hidden]
+        residual = tokens.embed(fields["tokens"], fields["token_rows"], self.latest, weights.embedding)  # [T, hidden]
+        if shape.num_tokens == shape.num_decodes <= GEMV_ROWS:
+            logits = self._forward_few(residual, fields, shape)
+            return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits
         x = norm.rms_norm(residual, weights.layers[0].input_norm, eps, torch.empty_like(residual))
         for index, layer in enumerate(weights.layers):
             qkv = F.linear(x, layer.qkv, layer.qkv_bias)
-            q = qkv.new_empty(shape.num_tokens, config.num_heads, config.head_dim)
-            norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm, eps)
-            k_cache, v_cache = self.kv.keys[index], self.kv.values[index]
-            kv_cache.rotary_and_write(
-                qkv, fields["positions"], fields["slots"], self.cos_sin, k_cache, v_cache, q, norms
-            )
-            attended = self._attend(q, k_cache, v_cache, fields, shape)
-            x = F.linear(attended.view(shape.num_tokens, -1), layer.output, layer.output_bias)
+            x = F.linear(self._attend(qkv, index, fields, shape), layer.output, layer.output_bias)
             if index + 1 == config.num_layers and shape.num_prefills:
                 x, residual = x[fields["sampled"]], residual[fields["sampled"]]  # the rest of the step is for them
             x = norm.add_rms_norm(x, residual, layer.post_norm, eps, x)
@@ -124,9 +120,28 @@ class CudaStep:
             following = weights.layers[index + 1].input_norm if index + 1 < config.num_layers else weights.norm
             x = norm.add_rms_norm(x, residual, following, eps, x)
         logits = F.linear(x, weights.head)
-        drawn = logits.argmax(dim=-1).to(torch.int32)
-        self.latest.index_copy_(0, fields["sampled_rows"].long(), drawn)
-        return drawn, logits
+        return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits
+
+    def _forward_few(self, residual: Tensor, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
+        """Logits of a step of a few decoding rows: every product takes over what stands around it."""
+        weights, config = self.decoder.weights, self.decoder.config
+        eps, rows = config.norm_eps, shape.num_tokens
+
+        def project(x: Tensor, weight: Tensor, columns: int, norm_weight: Tensor, **options: Any) -> Tensor:
+            return gemv.linear(x, weight, x.new_empty(rows, columns), norm=(norm_weight, eps), **options)
+
+        for index, layer in enumerate(weights.layers):
+            qkv = project(residual, layer.qkv, layer.qkv.shape[0], layer.input_norm, bias=layer.qkv_bias)
+            attended = self._attend(qkv, index, fields, shape)
+            gemv.linear(attended, layer.output, residual, layer.output_bias, adds=True)
+            if config.experts is not None:
+                scores = project(residual, layer.router, config.experts.num_experts, layer.post_norm)
+                mix, chosen = moe.route(scores, config.experts.top_k, config.experts.is_renormalised)
+                gemv.experts_mlp(residual, layer.gate_up, layer.down, mix, chosen, (layer.post_norm, eps))
+            else:
+                inner = project(residual, layer.gate_up, config.intermediate_size, layer.post_norm, is_gated=True)
+                gemv.linear(inner, layer.down, residual, adds=True)
+        return project(residual, weights.head, config.vocab_size, weights.norm)
 
     def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
         experts = self.decoder.config.experts
@@ -137,9 +152,13 @@ class CudaStep:
         hidden = activation.silu_mul(gate_up, gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
         return F.linear(hidden, layer.down)
 
-    def _attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, fields: dict[str, Tensor], shape: StepShape
-    ) -> Tensor:
+    def _attend(self, qkv: Tensor, index: int, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
+        """Attention's output [T, heads * head_dim] of a layer; the step's keys and values are in its cache after."""
+        config, layer = self.decoder.config, self.decoder.weights.layers[index]
+        k_cache, v_cache = self.kv.keys[index], self.kv.values[index]
+        q = qkv.new_empty(shape.num_tokens, config.num_heads, config.head_dim)
+        norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm, config.norm_eps)
+        kv_cache.rotary_and_write(qkv, fields["positions"], fields["slots"], self.cos_sin, k_cache, v_cache, q, norms)
         out = torch.empty_like(q)
         first = shape.num_decodes
         tables, lens, scale = fields["tables"], fields["context_lens"], self.decoder.scale
@@ -152,4 +171,4 @@ class CudaStep:
             attention.prefill(
                 q[first:], k_cache, v_cache, tables[first:], lens[first:], fields["prefill_starts"], scale, out[first:]
             )
-        return out
+        return out.view(shape.num_tokens, -1)

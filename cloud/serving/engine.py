@@ -6,13 +6,14 @@ Owns the order add -> schedule -> run -> complete. It has no thread and no clock
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from cloud.serving.backend import SampledToken
 from cloud.serving.block_pool import BlockPool, chain_root
+from cloud.serving.guide import Guides
 from cloud.serving.kv_pool import KvLayout, KvPool
 from cloud.serving.request import FinishReason, Request
 from cloud.serving.runner import EagerRunner, Runner
@@ -23,6 +24,7 @@ from wire.errors import InvalidInputError
 
 _DTYPES = ("float32", "bfloat16")
 DEFAULT_POOL_BYTES = 1 << 30
+GPU_POOL_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,10 @@ class EngineConfig:
 
     model: Path
     dtype: str = "auto"
-    num_blocks: int = 0  # 0: as many as fit DEFAULT_POOL_BYTES
-    block_size: int = 16
+    num_blocks: int = 0  # 0: as many as fit DEFAULT_POOL_BYTES, on a GPU in GPU_POOL_SHARE of its free memory
+    block_size: int = 16  # on a GPU 64 is faster: whole tiles of prefill
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    device: str = "cpu"  # or "cuda"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class StepEvent:
 class Engine:
     """Everything one worker needs to turn tokens into tokens."""
 
+    guides: Guides | None = None  # set where the model's tokenizer is known
+
     def __init__(self, runner: Runner, scheduler: Scheduler, kv: KvPool, fingerprint: str, vocab_size: int) -> None:
         self.runner = runner
         self.scheduler = scheduler
@@ -59,6 +64,11 @@ class Engine:
         self.num_steps = 0
         self.num_prefill_tokens = 0
         self.num_output_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return self.scheduler.has_work
 
     @property
     def pool(self) -> BlockPool:
@@ -103,21 +113,36 @@ class Engine:
 
 
 def build_engine(config: EngineConfig) -> Engine:
-    """Load the model and lay out the KV pool on the CPU."""
-    dtype = "float32" if config.dtype == "auto" else config.dtype
+    """Load the model, lay out the KV pool, and on a GPU compile the kernels and capture the graphs."""
+    is_gpu = config.device == "cuda"
+    if config.device not in ("cpu", "cuda") or (is_gpu and not torch.cuda.is_available()):
+        raise InvalidInputError(f"device {config.device!r} is not available", remedy="use cpu")
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if is_gpu else "float32"
     if dtype not in _DTYPES:
         raise InvalidInputError(f"dtype {config.dtype!r} is unknown", remedy=f"auto, {', '.join(_DTYPES)}")
     model = load_config(config.model)
     layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
-    num_blocks = config.num_blocks or max(1, DEFAULT_POOL_BYTES // layout.bytes_per_block)
-    limits = config.scheduler
-    max_context = min(limits.max_context_tokens, model.max_positions)
-    scheduler = Scheduler(
-        BlockPool(num_blocks, config.block_size),
-        SchedulerConfig(**{**limits.__dict__, "max_context_tokens": max_context}),
-        model.eos_token_ids,
-    )
-    kv = KvPool(layout, num_blocks)
-    decoder = load_decoder(config.model, model, TorchBackend(), getattr(torch, dtype), max_context)
+    max_context = min(config.scheduler.max_context_tokens, model.max_positions)
+    limits = replace(config.scheduler, max_context_tokens=max_context)
+    decoder = load_decoder(config.model, model, TorchBackend(), getattr(torch, dtype), max_context, config.device)
+    num_blocks = config.num_blocks or max(1, _pool_bytes(is_gpu) // layout.bytes_per_block)
+    scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, model.eos_token_ids)
+    kv = KvPool(layout, num_blocks, config.device)
     fingerprint = layout.fingerprint(model_digest(config.model))
-    return Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)
+    guides = Guides(config.model, model.vocab_size, model.eos_token_ids)
+    if not is_gpu:
+        engine = Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)
+        engine.guides = guides
+        return engine
+    from cloud.serving.cuda_engine import OverlappedEngine  # Triton is an extra
+    from cloud.serving.cuda_runner import CudaConfig, CudaRunner
+
+    runner = CudaRunner(decoder, kv, CudaConfig(limits.max_running, max_context))
+    runner.capture()
+    overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
+    overlapped.guides = guides
+    return overlapped
+
+
+def _pool_bytes(is_gpu: bool) -> int:
+    return int(torch.cuda.mem_get_info()[0] * GPU_POOL_SHARE) if is_gpu else DEFAULT_POOL_BYTES

@@ -98,7 +98,7 @@ class EngineThread:
         try:
             while not self._is_stopping:
                 self._serve_inbox()
-                if self.engine.scheduler.has_work:
+                if self.engine.has_work:
                     events = self.engine.step()
                     if events:
                         self._notify(events)
@@ -107,7 +107,7 @@ class EngineThread:
 
     def _serve_inbox(self) -> None:
         """Run what was handed in; with nothing to do, wait for something."""
-        timeout = 0.0 if self.engine.scheduler.has_work else _IDLE_WAIT_S
+        timeout = 0.0 if self.engine.has_work else _IDLE_WAIT_S
         try:
             self._inbox.get(timeout=timeout)() if timeout else self._inbox.get_nowait()()
             while True:

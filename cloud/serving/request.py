@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from cloud.serving.block_pool import hash_block
 from wire.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from cloud.serving.guide import Guide
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 64
@@ -53,6 +57,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     num_logprobs: int | None = None  # None: no log probabilities; 0: the chosen token's only
+    json_schema: str = ""  # the answer must be a document of it; its request needs a guide
 
     def __post_init__(self) -> None:
         for name, low, high in _LIMITS:
@@ -73,7 +78,7 @@ class SamplingParams:
     @property
     def is_plain_greedy(self) -> bool:
         """True when the next token is simply the largest logit."""
-        return self.temperature == 0 and not self.has_penalties and self.num_logprobs is None
+        return self.temperature == 0 and not self.has_penalties and self.num_logprobs is None and not self.json_schema
 
     @property
     def has_penalties(self) -> bool:
@@ -109,6 +114,7 @@ class Request:
     num_prompt_tokens: int = -1  # set to len(token_ids) when not given
     priority: int = 0  # lower runs first
     is_prefill_only: bool = False
+    guide: Guide | None = None
 
     # the scheduler's book-keeping
     state: State = State.WAITING

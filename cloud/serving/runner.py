@@ -38,7 +38,7 @@ class EagerRunner:
         hidden = self.decoder.forward(batch, self.kv)
         if not sampled:
             return [None] * len(chunks)
-        rows = [_sampling_row(chunk.request) for chunk in sampled]
+        rows = [sampling_row(chunk.request) for chunk in sampled]
         tokens = iter(self.decoder.backend.sample(self.decoder.logits(hidden), rows))
         return [next(tokens) if chunk.is_sampled else None for chunk in chunks]
 
@@ -67,12 +67,14 @@ class EagerRunner:
         )
 
 
-def _sampling_row(request: Request) -> SamplingRow:
+def sampling_row(request: Request) -> SamplingRow:
+    """What the next draw of this request depends on."""
     has_penalties = request.params.has_penalties
     split = request.num_prompt_tokens
     return SamplingRow(
         params=request.params,
         output_index=request.num_output_tokens,
         prompt_token_ids=request.token_ids[:split] if has_penalties else (),
-        output_token_ids=request.token_ids[split:] if has_penalties else (),
+        output_token_ids=request.token_ids[split:] if has_penalties or request.guide is not None else (),
+        guide=request.guide,
     )

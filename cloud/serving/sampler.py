@@ -1,7 +1,7 @@
 """Drawing tokens from logits, per request and reproducibly.
 
-Order: penalties, temperature, min-p, top-k, top-p, draw. The draw is the largest of logit + Gumbel noise, where the
-noise comes from a generator seeded with (seed, output index): a sequence continued on another worker draws the same.
+Order: guide, penalties, temperature, min-p, top-k, top-p, draw. The draw is the largest of logit + Gumbel noise, where
+the noise comes from a generator seeded with (seed, output index): a sequence continued elsewhere draws the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
 
 def _sample_row(logits: Tensor, row: SamplingRow) -> SampledToken:
     params = row.params
-    adjusted = _apply_penalties(logits, row) if params.has_penalties else logits
+    adjusted = logits if row.guide is None else row.guide.restrict(logits, row.output_token_ids)
+    adjusted = _apply_penalties(adjusted, row) if params.has_penalties else adjusted
     if params.temperature == 0:
         token = int(adjusted.argmax())
     else:

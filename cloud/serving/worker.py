@@ -65,6 +65,7 @@ class EngineService(EngineServicer):
         try:
             self._check(message)
             request = self._request(message)
+            await self._guide(request)
             received = Received()
             self._engine.engine.scheduler.check_admission(request.num_tokens)
             with _registered(self._running, request.request_id):
@@ -194,6 +195,15 @@ class EngineService(EngineServicer):
             priority=message.priority,
         )
 
+    async def _guide(self, request: Request) -> None:
+        """Give a request with a schema its guide; compiling one can take long, so not on the loop."""
+        if not request.params.json_schema:
+            return
+        guides = self._engine.engine.guides
+        if guides is None:
+            raise InvalidInputError("this worker cannot follow a JSON schema", remedy="leave response_format out")
+        request.guide = await asyncio.to_thread(guides.make, request.params.json_schema)
+
     def _started(self, num_cached: int, received: Received) -> Any:
         size = self._engine.engine.pool.block_size
         return pb.GenerateEvent(
@@ -299,6 +309,7 @@ def _params(sampling: Any) -> SamplingParams:
         stop_token_ids=frozenset(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
         num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        json_schema=sampling.json_schema,
     )
 
 

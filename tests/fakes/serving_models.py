@@ -20,6 +20,8 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.25,
 }
 
+EXPERTS = {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
 
 def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
     """Write a random model of `family`; equal seeds give equal weights."""
@@ -31,6 +33,7 @@ def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS),
     }
     config_class, model_class, extra = classes[family]
     model = model_class(config_class(**SHAPE, **extra))

@@ -139,3 +139,11 @@ def test_seeded_sampling_draws_what_the_cpu_draws():
     params = {"temperature": 0.8, "top_k": 20, "seed": 3, "presence_penalty": 0.5}
     engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
     assert engine.generate(make_requests(5, **params)) == on_cpu(make_requests(5, **params), **model)
+
+
+def test_a_request_id_that_comes_again_does_not_inherit_blocks():
+    model = {"has_qk_norm": True, "has_bias": False}
+    engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
+    engine.generate(make_requests(2))
+    engine.scheduler.pool.allocate(9)  # so that the same requests get other blocks
+    assert engine.generate(make_requests(2)) == on_cpu(make_requests(2), **model)
