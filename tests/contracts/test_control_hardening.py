@@ -180,7 +180,7 @@ def test_nothing_secret_is_readable_by_others_logged_or_on_a_command_line(tmp_pa
         control.call("GET", "/whoami", token=made + "x")
         secrets = [made, device.identity["device_token"], *map(control.token, ("admin", "worker", "gateway"))]
         secrets += [file.read_text().splitlines()[1] for file in (control.home / "pki").glob("*.key")]
-        secrets += [(control.home / "keys" / "control.pem").read_text().splitlines()[1]]
+        secrets += [file.read_text().splitlines()[1] for file in (control.home / "keys").rglob("*.pem")]
         for secret in secrets:
             for log in [control.home / "log", control.home / "mosquitto" / "mosquitto.log"]:
                 assert secret not in log.read_text()
@@ -190,7 +190,9 @@ def test_nothing_secret_is_readable_by_others_logged_or_on_a_command_line(tmp_pa
     finally:
         assert control.stop() == 0
     public = {"ca.pem", "server.pem", "control.pem", "ports.json", "port.json", "log"}
-    ours = [file for file in control.home.rglob("*") if "devices" not in file.parts]
+    ours = [
+        file for file in control.home.rglob("*") if not {"devices", "trust"} & set(file.parts)
+    ]  # metadata is public
     for file in ours:
         if file.is_file() and (file.name not in public or file.parent.name == "keys"):
             assert file.stat().st_mode & 0o077 == 0, file
@@ -232,6 +234,7 @@ def test_people_reach_it_over_tls_when_it_has_a_certificate(tmp_path: Path) -> N
     certificate, key = other.ensure_server(["127.0.0.1"])
     control = ControlProcess(tmp_path / "home")
     control.options = ["--tls-cert", str(certificate), "--tls-key", str(key)]
+    control.url, control.ca_file = f"https://127.0.0.1:{control.port}", str(other.ca_file)
     control.start()
     try:
         context = ssl.create_default_context(cafile=str(other.ca_file))

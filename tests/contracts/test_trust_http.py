@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import tracemalloc
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_content_is_read_no_further_than_its_signed_length(answer: Answer) -> No
             tenant="acme", device_id="edge-1", control_url=url, device_token="t", mqtt=Mqtt(host="127.0.0.1", port=1),
             trust=Trust.model_validate({"root": "", "time": "2026-11-01T00:00:00Z"}),
         )  # fmt: skip
-        source = ContentSource(identity)
+        source = ContentSource(identity, ssl.create_default_context())
         try:
             await source.chunk("a" * 64, 1000)
         finally:

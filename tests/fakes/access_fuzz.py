@@ -19,8 +19,9 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from cloud.control.broker import client_context
+from model_registry.client import connect
 from tests.contracts.test_control_guards import MAY_CALL
-from tests.fakes.control import ControlProcess, FakeDevice, wait_until
+from tests.fakes.control import ControlProcess, FakeDevice, offline_desk, wait_until
 from tests.fakes.control_app import LADDER, ControlApp
 from tests.fakes.control_seed import seed
 
@@ -116,6 +117,9 @@ class TopicFuzz:
         self.observer.listen(["fs/1/#", "$SYS/#"])
         self.devices: dict[tuple[str, str], Listener] = {}
         for tenant in TENANTS:
+            owner = control.ok("POST", "/tokens", {"name": "owner", "role": "admin", "tenant": tenant})["token"]
+            with connect(control.url, owner) as client:
+                offline_desk(client, control.home / tenant)
             order = {"name": tenant, "role": "operator", "tenant": tenant}
             admin = control.ok("POST", "/tokens", order)["token"]
             for name in DEVICES:

@@ -51,6 +51,7 @@ class ControlProcess:
         self.home, self.port, self.mqtt_port, self.device_port = home, free_port(), free_port(), free_port()
         self.device_url = f"https://127.0.0.1:{self.device_port}"
         self.options: list[str] = []  # more of the command line
+        self.ca_file: str | None = None  # of the certificate that `options` give it
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -66,7 +67,7 @@ class ControlProcess:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         wait_until(lambda: port_file.exists() or self.process.poll() is not None, "the control plane starts", 60)
         assert self.process.poll() is None, (self.home / "log").read_text()[-2000:]
-        with connect(self.url, self.token()) as client:
+        with connect(self.url, self.token(), ca_file=self.ca_file) as client:
             offline_desk(client, self.home)
 
     def kill(self) -> None:
