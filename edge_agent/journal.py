@@ -69,8 +69,8 @@ def _read(path: Path) -> tuple[int, dict[str, Any] | None, int]:
     while offset + _HEADER.size <= len(data):
         length, checksum = _HEADER.unpack_from(data, offset)
         body = data[offset + _HEADER.size : offset + _HEADER.size + length]
-        if length > MAX_RECORD_BYTES or len(body) != length or zlib.crc32(body) != checksum:
-            break
+        if not 0 < length <= MAX_RECORD_BYTES or len(body) != length or zlib.crc32(body) != checksum:
+            break  # a length of 0 is no record: zeros that a cut left have the checksum of nothing
         last = json.loads(body)
         num_records += 1
         offset += _HEADER.size + length

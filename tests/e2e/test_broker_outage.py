@@ -45,7 +45,7 @@ def agent(control: ControlProcess, published: dict[str, Any], tmp_path: Path) ->
     profile.write_text("name: test\ntargets: [cpu-x86]\nmemory_budget_bytes: 2000000000\n")
     enrolment = control.ok("POST", "/enrolments", {"device_id": "dev-1"})
     agent = AgentProcess(tmp_path / "home")
-    agent.enrol(control.url, str(profile), enrolment["enrolment_token"])
+    agent.enrol(f"https://127.0.0.1:{control.device_port}", str(profile), enrolment["enrolment_token"])
     agent.start()
     yield agent
     agent.stop()

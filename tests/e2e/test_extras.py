@@ -1,19 +1,26 @@
-"""Control plane, gateway and agent install and run without torch: each in an environment that has only its extra."""
+"""Control plane, gateway and agent install and run without torch: each in an environment that has only its extra.
+
+The agent's memory without a model is measured there too: what other extras bring does not count.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.fakes.control import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
+IDLE_BYTES = 80 << 20
 HEAVY = ("torch", "transformers", "triton", "onnx")
 pytestmark = [pytest.mark.slow, pytest.mark.models, pytest.mark.timeout(900)]
 
@@ -78,13 +85,16 @@ def test_each_process_runs_in_an_environment_that_has_only_its_extra(tmp_path: P
     run(bins["control"], "foreshore", "devices", "--url", url, "--token-file", str(admin), cwd=tmp_path)
 
     headers = {"authorization": f"Bearer {admin.read_text()}"}
+    keys = ["--folder", str(tmp_path / "keys"), "--url", url, "--token-file", str(admin)]
+    run(bins["control"], "foreshore", "keys", "init", *keys, cwd=tmp_path)
     enrolment = httpx.post(f"{url}/api/v1/enrolments", json={"device_id": "d1"}, headers=headers).json()
     home = ["--home", str(tmp_path / "agent")]
-    enrol = ["enrol", "--url", url, "--token", enrolment["enrolment_token"], *home, "--profile", "cpu-small"]
-    run(bins["edge"], "foreshore-agent", *enrol, cwd=tmp_path)
+    run(bins["edge"], *shlex.split(enrolment["command"]), *home, "--profile", "cpu-small", cwd=tmp_path)
     agent = Running(bins["edge"], tmp_path, "foreshore-agent", "run", *home)
     assert agent.healthz() == 200
     wait_until(lambda: httpx.get(f"{url}/api/v1/devices/d1", headers=headers).json()["online"], "the agent is online")
+    time.sleep(2)
+    assert psutil.Process(agent.process.pid).memory_info().rss <= IDLE_BYTES
 
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("a-token-for-this-test\n")

@@ -23,7 +23,6 @@ from tests.faults.swap_load import SwapRun
 pytestmark = pytest.mark.faults
 ALL = os.environ.get("FORESHORE_FAULTS") == "all"
 HOURS_S = 6 * 3600
-IDLE_BYTES = 80 << 20
 PROFILE = "name: test\ntargets: [cpu-x86]\nmemory_budget_bytes: 500000000\nreconnect_max_s: 0.2\nhealthy_after_s: 0.2\n"
 
 
@@ -126,16 +125,6 @@ def test_an_agent_on_a_full_disk_starts_serves_and_takes_up_work_when_there_is_r
         run.close()
 
 
-def test_an_idle_agent_without_a_model_is_small(agent: AgentProcess) -> None:
-    assert httpx.get(f"{agent.url}/healthz", timeout=10).json()["models"] == []
-    time.sleep(2)
-    status = Path(f"/proc/{agent.pid}/status")
-    if not status.exists():
-        pytest.skip("this system does not tell a process's memory")
-    resident_kb = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    assert resident_kb * 1024 <= IDLE_BYTES
-
-
 def test_telemetry_arrives_once_in_effect_whatever_is_killed(plane: Plane, agent: AgentProcess) -> None:
     plane.wish(plane.publish(2.0, "2.0.0"))
     plane.await_model(lambda m: m["phase"] == "committed")
@@ -148,9 +137,9 @@ def test_telemetry_arrives_once_in_effect_whatever_is_killed(plane: Plane, agent
         agent.start()
         _await_scale(agent, 2.0)
     until = time.monotonic() + 60
-    while len(_stored(plane)) < len(decisions) + 6 and time.monotonic() < until:
+    while not set(decisions) <= set(_decided(plane)) and time.monotonic() < until:
         time.sleep(0.2)
-    arrived = [event["body"]["decision_id"] for event in _stored(plane).values() if event["kind"] == "decision"]
+    arrived = _decided(plane)
     assert len(arrived) == len(set(arrived))
     assert set(decisions) <= set(arrived)
 
@@ -172,6 +161,12 @@ def test_a_committed_model_that_kills_the_process_gives_way_to_the_one_before(
 
 
 _BODY = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1.0, 1.0, 1.0, 1.0]}]}
+
+
+def _decided(plane: Plane) -> list[str]:
+    """The decisions among what is stored."""
+    events = _stored(plane).values()
+    return [str(event["body"]["decision_id"]) for event in events if event["kind"] == "decision"]
 
 
 def _stored(plane: Plane) -> dict[str, dict[str, object]]:

@@ -48,3 +48,14 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
         journal.append({"number": number})
     assert Journal(tmp_path / "m.journal").num_records <= MAX_RECORDS
     assert Journal(tmp_path / "m.journal").last == {"number": MAX_RECORDS * 2 + 2}
+
+
+def test_zeros_that_a_power_cut_left_are_no_record(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append({"n": 1})
+    with (tmp_path / "j").open("ab") as file:
+        file.write(bytes(64))
+    again = Journal(tmp_path / "j")
+    assert (again.num_records, again.last) == (1, {"n": 1})
+    again.append({"n": 2})
+    assert Journal(tmp_path / "j").last == {"n": 2}
