@@ -102,7 +102,7 @@ def test_a_person_enrols_a_device_sees_a_bad_canary_halt_a_rollout_and_rolls_bac
 
     start_rollout(page, "tiny 2.0.0")
     expect(page.locator("#rollout-state")).to_contain_text("halted", timeout=SHOWN_MS)
-    expect(page.locator("#why")).to_contain_text("a-canary: probe_failed")
+    expect(page.locator("#why")).to_contain_text("a-canary: inaccurate")
     expect(page.locator("#slot-a-canary")).to_contain_text("failed")
     expect(page.locator("#slot-dock-2")).to_contain_text("skipped")
     rollout_url = page.url
