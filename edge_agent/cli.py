@@ -1,165 +1,27 @@
-"""The `foreshore-agent` command: enrol, run, status. Objects are composed here and nowhere else."""
+"""Entry point of `foreshore-agent`: the daemon by its own short way, everything else through `commands`."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import signal
 import sys
-from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from edge_agent.config import ChipSettings, Home, Profile, load_profile
 from model_registry.exit_codes import exit_code
-from wire.errors import ForeshoreError, InvalidInputError
-from wire.exposure import is_loopback
-from wire.process import replace_durably
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The Foreshore edge agent.")
-HomeOption = Annotated[Path, typer.Option("--home", help="Folder of this agent.")]
-SHUTDOWN_S = 5
-MAX_TOKEN_CHARS = 1000
-
-
-@app.command("enrol")
-def enrol_command(
-    url: Annotated[str, typer.Option("--url", help="The control plane's address for devices.")],
-    home: HomeOption,
-    token: Annotated[str | None, typer.Option("--token", help="One-time enrolment token.")] = None,
-    token_file: Annotated[
-        typer.FileText | None, typer.Option("--token-file", help="File with the token, - for standard input.")
-    ] = None,
-    profile: Annotated[str, typer.Option("--profile", help="A shipped profile or a YAML file.")] = "cpu-standard",
-    pkcs11_module: Annotated[Path | None, typer.Option(help="Library of a security chip to guard the key.")] = None,
-    pkcs11_token: Annotated[str | None, typer.Option(help="Label of the chip's token.")] = None,
-    pkcs11_pin_file: Annotated[Path | None, typer.Option(help="File with the token's PIN.")] = None,
-    root: Annotated[Path | None, typer.Option("--root", help="A root.json to believe, not the server's.")] = None,
-) -> None:
-    """Make a key, get a certificate. Example: foreshore-agent enrol --url URL --token TOKEN --home ~/agent"""
-    from edge_agent.credentials import open_keys
-    from edge_agent.enrol import enrol
-
-    os.umask(0o077)
-    secret = token or (token_file.read(MAX_TOKEN_CHARS).strip() if token_file else "")
-    if not secret:
-        raise InvalidInputError("no enrolment token", remedy="give --token, or --token-file so that nobody sees it")
-    folder = Home(home)
-    if pkcs11_module is not None:
-        if pkcs11_token is None or pkcs11_pin_file is None:
-            raise InvalidInputError("--pkcs11-module without token and PIN", remedy="give all three --pkcs11 options")
-        chip = ChipSettings(module=pkcs11_module, token=pkcs11_token, pin_file=pkcs11_pin_file.resolve())
-        replace_durably(folder.chip_file, chip.model_dump_json().encode(), mode=0o600)
-    pinned = root.read_bytes() if root else None
-    identity = enrol(folder, url, secret, load_profile(profile), open_keys(folder), root=pinned)
-    typer.echo(f"enrolled as {identity.tenant}.{identity.device_id}; start it: foreshore-agent run --home {home}")
-
-
-@app.command("run")
-def run_command(
-    home: HomeOption,
-    host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 0,
-    port_file: Annotated[Path | None, typer.Option("--port-file")] = None,
-    die_with_parent: Annotated[bool, typer.Option("--die-with-parent")] = False,
-) -> None:
-    """Serve the local API and follow the control plane's wishes until SIGTERM."""
-    if die_with_parent:
-        from wire.process import die_with_parent as bind_to_parent
-
-        bind_to_parent()
-    if not is_loopback(host):
-        raise InvalidInputError(
-            f"--host {host}: the local API asks nobody who they are",
-            remedy="stay on loopback, put a proxy before it",
-        )
-    os.umask(0o077)
-    asyncio.run(_run(Home(home), host, port, port_file))
-
-
-@app.command("install")
-def install_command(
-    bundle: Annotated[Path, typer.Argument(help="A bundle: tar file or folder.")],
-    home: HomeOption,
-) -> None:
-    """Install an update from a stick; the agent does it at once if it runs, else when it starts.
-
-    Example: foreshore-agent install /media/stick/update.tar --home ~/agent
-    """
-    from edge_agent.inbox import install
-
-    desired = install(Home(home), bundle)
-    names = ", ".join(f"{model.name} {model.version}" for model in desired.models) or "nothing"
-    typer.echo(f"the bundle is genuine and current; this device is to run: {names}")
-
-
-@app.command("status")
-def status_command(home: HomeOption, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """What the journals say about each model; works while the agent runs and when it does not."""
-    from edge_agent.journal import Journal
-    from edge_agent.state import from_dict
-
-    states = [Journal(path).last for path in sorted(Home(home).state.glob("*.journal"))]
-    if as_json:
-        typer.echo(json.dumps({"models": [state for state in states if state]}))
-        return
-    for state in (from_dict(last) for last in states if last):
-        version = state.committed.version if state.committed else "nothing"
-        typer.echo(f"{state.name}: runs {version}, {state.phase}, {state.result or '-'} {state.reason or ''}".rstrip())
+from wire.errors import ForeshoreError
 
 
 def main() -> None:
-    """Entry point; errors become one line and an exit code."""
+    """Errors become one line and an exit code."""
     try:
-        app()
+        if sys.argv[1:2] == ["run"]:
+            from edge_agent import daemon
+
+            daemon.main(sys.argv[2:])
+        else:
+            from edge_agent.commands import app
+
+            app()
     except ForeshoreError as error:
         sys.stderr.write(f"foreshore-agent: {error}\n")
         sys.exit(exit_code(error))
-
-
-async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None:
-    import socket
-
-    import uvicorn
-
-    from edge_agent.agent import Agent
-    from edge_agent.cloud import Cloud
-    from edge_agent.credentials import Credentials, open_keys
-    from edge_agent.local_api.app import create_app
-    from edge_agent.verify import open_trust
-    from wire.process import write_port_file
-
-    profile: Profile = home.profile()
-    identity = home.identity()
-    keys = open_keys(home)
-    credentials = Credentials(home, keys)
-    trust = open_trust(home, identity, credentials.context)
-    agent = Agent(home, profile, identity, credentials, keys, trust)
-    cloud = Cloud(identity.gateway_url, identity.device_token)
-    listener = socket.create_server((host, port), backlog=128)
-    address = listener.getsockname()
-    agent.local_url = f"http://{address[0]}:{address[1]}"
-    settings = uvicorn.Config(
-        create_app(agent, cloud), log_level="warning", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S
-    )
-    server = uvicorn.Server(settings)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    async with asyncio.TaskGroup() as tasks:
-        serving = tasks.create_task(server.serve(sockets=[listener]), name="local-api")
-        working = tasks.create_task(agent.run(stopping), name="agent")
-        while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event for this
-            await asyncio.sleep(0.02)
-        for number in (signal.SIGTERM, signal.SIGINT):  # after uvicorn has set its own
-            loop.add_signal_handler(number, stopping.set)
-        if port_file is not None:
-            write_port_file(port_file, address[0], address[1])
-        await working
-        server.should_exit = True
-        await serving
-    await cloud.close()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cloud.control.api.shield import MAX_BODY_BYTES, Shield
 from cloud.control.cli import app as cloud_command
 from cloud.control.listeners import MAX_HEADER_BYTES, Door
 from cloud.gateway.cli import app as gateway_command
-from edge_agent.cli import app as agent_command
+from edge_agent.commands import app as agent_command
 from tests.fakes.control import ControlProcess, FakeDevice, wait_until
 from wire.errors import InvalidInputError
 
