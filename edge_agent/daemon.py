@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--port-file", type=Path, default=None, help="written once the local API accepts requests")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the parent ends")
     options = parser.parse_args(arguments)
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # httpx's own command: megabytes for nothing
     if options.die_with_parent:
         from wire.process import die_with_parent
 
@@ -54,6 +56,7 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
     from edge_agent.cloud import Cloud
     from edge_agent.credentials import Credentials, open_keys
     from edge_agent.local_api.app import create_app
+    from edge_agent.thrift import stay_small
     from edge_agent.verify import open_trust
     from wire.process import write_port_file
 
@@ -76,6 +79,7 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]), name="local-api")
         working = tasks.create_task(agent.run(stopping), name="agent")
+        trimming = tasks.create_task(stay_small(), name="stay-small")
         while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event for this
             await asyncio.sleep(0.02)
         for number in (signal.SIGTERM, signal.SIGINT):  # after uvicorn has set its own
@@ -84,5 +88,6 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
             write_port_file(port_file, address[0], address[1])
         await working
         server.should_exit = True
+        trimming.cancel()
         await serving
     await cloud.close()
