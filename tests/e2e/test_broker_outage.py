@@ -19,7 +19,7 @@ from model_registry.manifest import Manifest, sha256
 from tests.fakes.agent_plane import AgentProcess, tiny_model
 from tests.fakes.control import CHUNK_BYTES, ControlProcess, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.alone]
 
 PADDING_BYTES = 24 << 20
 OUTAGE_S = 30.0

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 IDLE_BYTES = 80 << 20
 HEAVY = ("torch", "transformers", "triton", "onnx")
-pytestmark = [pytest.mark.slow, pytest.mark.models, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.models, pytest.mark.timeout(900)]
 
 PROBE = "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) for name in sys.argv[1:]))"
 

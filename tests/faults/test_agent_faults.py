@@ -20,7 +20,7 @@ from tests.faults.failing_disk import has_compiler
 from tests.faults.small_disk import SmallDiskRun, mounted
 from tests.faults.swap_load import SwapRun
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.alone]
 ALL = os.environ.get("FORESHORE_FAULTS") == "all"
 HOURS_S = 6 * 3600
 PROFILE = "name: test\ntargets: [cpu-x86]\nmemory_budget_bytes: 500000000\nreconnect_max_s: 0.2\nhealthy_after_s: 0.2\n"
