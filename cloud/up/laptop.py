@@ -40,7 +40,7 @@ def place(fleet: Fleet, models: Sequence[CloudModel]) -> list[tuple[ServingWorke
     """Which serving worker holds which model: the fleet's workers the first one, one more worker each further one."""
     first = [(worker, models[0]) for worker in fleet.workers] if models else []
     alone = models if models and not first else models[1:]
-    return first + [(ServingWorker(name=f"serve-{model.name}", role="both"), model) for model in alone]
+    return first + [(ServingWorker(name=f"both-{number}", role="both"), model) for number, model in enumerate(alone, 1)]
 
 
 class Laptop:

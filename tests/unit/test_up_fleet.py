@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cloud.up.fleet import FLEETS, load_fleet
+from cloud.up.laptop import CloudModel, place
 from wire.errors import InvalidInputError, NotFoundError
 
 
@@ -34,3 +35,11 @@ def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     file.write_text("name: odd\nsharks: 3\n")
     with pytest.raises(InvalidInputError, match="sharks"):
         load_fleet(str(file))
+
+
+def test_each_further_cloud_model_gets_a_worker_of_its_own() -> None:
+    models = [CloudModel("small", Path("a")), CloudModel("qwen2.5-coder-0.5b", Path("b"))]
+    placed = [(worker.role, model.name) for worker, model in place(load_fleet("laptop"), models)]
+    assert placed == [("prefill", "small"), ("decode", "small"), ("both", "qwen2.5-coder-0.5b")]
+    alone = place(load_fleet("laptop").model_copy(update={"workers": []}), models[1:])
+    assert [(worker.role, model.name) for worker, model in alone] == [("both", "qwen2.5-coder-0.5b")]
