@@ -159,6 +159,14 @@ def groups_delete(client: ControlClient, name: str) -> Any:
 
 # models, jobs
 
+_COMPATIBILITY = table(
+    ("device", field("device_id")),
+    ("gets", field("target")),
+    ("rule", field("rule")),
+    ("reason", field("reason")),
+    empty="no device is enrolled; enrol one: foreshore enrolments create NAME",
+)
+
 _MODELS = table(
     ("model", field("name")),
     ("kind", field("kind")),
@@ -177,6 +185,16 @@ def models_list(client: ControlClient) -> Any:
 def models_show(client: ControlClient, name: str) -> Any:
     """Show one model's releases and artefacts."""
     return client.get(f"models/{part(name)}")
+
+
+@command(models_app, "compatibility", _COMPATIBILITY)
+def models_compatibility(
+    client: ControlClient,
+    name: str,
+    version: Annotated[str | None, typer.Option(help="A version; the newest by default.")] = None,
+) -> Any:
+    """Say which devices can run a model, which artefact each would get, and the rule that decides."""
+    return client.get(f"models/{part(name)}/compatibility", limit=MAX_ITEMS, version=version)
 
 
 _JOBS = table(

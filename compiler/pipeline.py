@@ -21,6 +21,7 @@ from compiler import language_model, photographs, tensor_model
 from compiler.cache import BuildCache
 from compiler.gates import gate, mean_cosine, require_all, top1_agreement
 from compiler.gguf_import import import_gguf
+from compiler.graph_facts import read_graph
 from compiler.quantise import count_integer_kernels, quantise
 from compiler.recipe import Recipe, TensorRecipe
 from compiler.targets import Target
@@ -103,6 +104,7 @@ def compile_model(job: CompileJob, out: Path, cache: BuildCache, report: Report)
             cpu_features=job.target.cpu_features,
         ),
         context_tokens=model.context_tokens,
+        graph=read_graph(out, model.entry),
         engine=engine if isinstance(engine, Engine) else None,
         golden=model.golden,
         vision=model.vision,

@@ -11,7 +11,7 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +25,29 @@ PROFILES = Path(__file__).resolve().parent.parent / "fleet_configs" / "devices"
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(_Config):
+    """How this device builds and opens engines, and what it cannot find out by itself.
+
+    `build` is a command with `{graph}` and `{engine}` for the files; `module` has `open_engine(path) -> TensorRuntime`.
+    What is stated of the hardware counts before what the machine tells.
+    """
+
+    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    runtime_version: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=32)]
+    module: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_.]*$", max_length=100)]
+    compute_capability: Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None = None
+    jetpack: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=16)] | None = None
+    architecture: Annotated[str, Field(max_length=32)] | None = None
+    build: Annotated[list[str], Field(min_length=1, max_length=32)] | None = None  # None: never builds for others
+    build_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 1800.0
+    min_idle_s: Annotated[float, Field(ge=0, le=86400)] = 60.0  # without a request before a build may begin
+    max_power_w: Annotated[float, Field(gt=0)] | None = None  # of the whole board, to begin and go on building
+
+    def runtimes(self) -> dict[str, str]:
+        """The engine runtime as it is reported."""
+        return {self.runtime: self.runtime_version}
 
 
 class Profile(_Config):
@@ -41,6 +64,7 @@ class Profile(_Config):
     num_threads: Annotated[int, Field(ge=1, le=256)] = 1
     providers: list[str] = Field(default_factory=list)  # most wanted first; the CPU is always last
     accelerator: str | None = None
+    engine: EngineSettings | None = None
     hardware_key: str | None = None  # what engines built for one kind of device must match
     reconnect_max_s: Annotated[float, Field(gt=0, le=300)] = 5.0
     fetch_stall_s: Annotated[float, Field(gt=0, le=300)] = 5.0

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
+from edge_agent.accelerator import find_accelerator
 from edge_agent.config import Profile
+from model_registry.compatibility import facts_of, resolve
 from model_registry.manifest import Manifest
 from wire.errors import ForeshoreError
 from wire.messages import Hardware
 
-RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
+RUNTIME_PACKAGES = {
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-gpu": "onnxruntime-gpu",
+    "onnxruntime-genai": "onnxruntime-genai",
+    "onnxruntime-genai-cuda": "onnxruntime-genai-cuda",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx-cu13-bindings": "tensorrt-rtx",
+}
+"""Package -> the runtime that it brings, as it is reported."""
 _CPU_FILE = Path("/proc/cpuinfo")
 _CPU_FEATURES = (
     *("sse4_2", "avx", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
@@ -31,47 +42,37 @@ class UnsuitableError(ForeshoreError):
 def find_hardware(profile: Profile, folder: Path) -> Hardware:
     """This machine within its profile; `folder` is where models will lie."""
     runtimes = {}
-    for package in RUNTIME_PACKAGES:
+    for package, name in RUNTIME_PACKAGES.items():
         with contextlib.suppress(PackageNotFoundError):
-            runtimes[package] = version(package)
+            runtimes[name] = version(package)
+    found = find_accelerator()
+    engine = profile.engine
     return Hardware(
         profile=profile.name,
         targets=profile.targets,
-        architecture=platform.machine(),
-        cpu_features=_cpu_features(),
+        architecture=(engine and engine.architecture) or platform.machine(),
+        cpu_features=[] if engine and engine.architecture else _cpu_features(),
         memory_bytes=psutil.virtual_memory().total,
         memory_budget_bytes=profile.memory_budget_bytes,
         disk_free_bytes=psutil.disk_usage(str(folder)).free,
         accelerator=profile.accelerator,
         hardware_key=profile.hardware_key,
-        runtimes=runtimes,
+        runtimes=runtimes | (engine.runtimes() if engine else {}),
         max_context_tokens=profile.max_context_tokens,
+        providers=found.providers or None,
+        compute_capability=(engine and engine.compute_capability) or found.compute_capability,
+        jetpack=(engine and engine.jetpack) or found.jetpack,
+        driver=found.driver,
     )
 
 
 def check_suits(manifest: Manifest, hardware: Hardware) -> None:
-    """Raise `UnsuitableError`, naming what is needed and what is here; what the machine does not tell is not held
-    against it, except the hardware key: a foreign engine is never loaded.
+    """Raise `UnsuitableError` with the rule's sentence when a rule speaks against it; memory and disk are judged by
+    what is free at that moment, elsewhere.
     """
-    needs = manifest.requires
-    if needs.hardware_key and needs.hardware_key != hardware.hardware_key:
-        _refuse("hardware key", needs.hardware_key, hardware.hardware_key or "none")
-    if needs.architectures and hardware.architecture and hardware.architecture not in needs.architectures:
-        _refuse("architecture", ", ".join(needs.architectures), hardware.architecture)
-    missing = sorted(set(needs.cpu_features) - set(hardware.cpu_features))
-    if hardware.cpu_features and missing:
-        _refuse("processor features", ", ".join(needs.cpu_features), f"all but {', '.join(missing)}")
-    have = hardware.runtimes.get(manifest.runtime)
-    if needs.runtime_version and have and _numbers(have) < _numbers(needs.runtime_version):
-        _refuse(f"{manifest.runtime} version", needs.runtime_version, have)
-
-
-def _refuse(what: str, needed: str, here: str) -> None:
-    raise UnsuitableError(f"the model needs {what} {needed}, here is {here}", remedy="compile it for this device")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
+    verdict = resolve(replace(facts_of(manifest), memory_bytes=0, disk_bytes=0), hardware)
+    if not verdict.will_run:
+        raise UnsuitableError(f"the model {verdict.sentence}", remedy="compile it for this device", rule=verdict.rule)
 
 
 def _cpu_features() -> list[str]:

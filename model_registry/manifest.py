@@ -127,6 +127,24 @@ class Requirements(_Document):
     cpu_features: list[str] = Field(default_factory=list, max_length=16)
     hardware_key: str | None = None
     runtime_version: str | None = None  # lowest version that loads it
+    providers: Annotated[list[str], Field(max_length=8)] | None = None  # one of these execution providers must be there
+
+
+NumberFormat = Literal["fp16", "bf16", "int8", "int4", "fp8", "fp4", "int32_bias"]
+
+
+class Graph(_Document):
+    """What a runtime must understand, so that nobody has to open the graph to know whether it will load.
+
+    `operators` are those outside ONNX's own domains, with the uses in brackets that only some providers implement
+    (`com.microsoft.GroupQueryAttention[qk_norm]`); `formats` are the formats of its numbers besides fp32 and integers
+    that count, `int32_bias` for biases that are dequantised from 32 bits.
+    """
+
+    ir_version: Annotated[int, Field(ge=1, le=1000)]
+    opsets: dict[str, Annotated[int, Field(ge=1, le=1000)]] = Field(max_length=32)
+    operators: list[Annotated[str, Field(max_length=200)]] = Field(default_factory=list, max_length=256)
+    formats: list[NumberFormat] = Field(default_factory=list, max_length=16)
 
 
 class Engine(_Document):
@@ -151,6 +169,7 @@ class Manifest(_Document):
     entry: str  # the file (or ".") that the runtime opens
     requires: Requirements = Requirements()
     context_tokens: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    graph: Graph | None = None
     engine: Engine | None = None
     golden: Golden | None = None
     vision: Vision | None = None

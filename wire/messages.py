@@ -127,6 +127,10 @@ class Hardware(Message):
     hardware_key: str | None = None
     runtimes: dict[str, str] = Field(default_factory=dict)  # name -> version
     max_context_tokens: Count = 0
+    providers: Annotated[list[str], Field(max_length=16)] | None = None  # execution providers whose hardware is here
+    compute_capability: Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None = None
+    jetpack: Annotated[str, Field(max_length=32)] | None = None
+    driver: Annotated[str, Field(max_length=32)] | None = None
 
 
 class Reported(Message):

@@ -1,4 +1,8 @@
-"""Which artefact of a release a device gets, decided by what the device says of itself; and why others get none."""
+"""Which artefact of a release a device gets, by `model_registry.compatibility`; and why others get none.
+
+The one place where the control plane asks whether something will run: rollouts, joining devices, the catalogue's
+compatibility and the model page all ask here.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from cloud.control.tables import Device
-from model_registry import catalogue
 from model_registry.blobs import BlobStore
-from model_registry.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from model_registry.compatibility import ArtefactFacts, Choice, choose, facts_of
+from model_registry.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from model_registry.tables import ArtefactRow, ReleaseRow
+from wire.messages import Hardware
 
 
 @dataclass(frozen=True)
@@ -19,45 +26,35 @@ class Placement:
 
     chosen: Mapping[str, ArtefactRow]
     skipped: Mapping[str, str]
+    choices: Mapping[str, Choice]
 
 
 def place(blobs: BlobStore, release: ReleaseRow, devices: Sequence[Device]) -> Placement:
-    """Give each device the first of its targets that nothing speaks against."""
-    chosen: dict[str, ArtefactRow] = {}
-    skipped: dict[str, str] = {}
-    manifests: dict[str, Manifest] = {}
-    for device in devices:
-        targets = [str(one) for one in (device.hardware or {}).get("targets", [])]
-        reasons = [] if targets else ["it has not said which targets it runs"]
-        for artefact in catalogue.artefacts_for(release, targets):
-            if artefact.manifest not in manifests:
-                data = blobs.get(artefact.manifest, max_bytes=MAX_MANIFEST_BYTES)
-                manifests[artefact.manifest] = parse_manifest(data, expected_digest=artefact.manifest)
-            problem = find_obstacle(manifests[artefact.manifest], device.hardware or {})
-            if problem is None:
-                chosen[device.device_id] = artefact
-                break
-            reasons.append(f"{artefact.target}: {problem}")
-        else:
-            known = ", ".join(artefact.target for artefact in release.artefacts)
-            skipped[device.device_id] = "; ".join(reasons) or f"no artefact for it; the release has {known}"
-    return Placement(chosen, skipped)
+    """Give each device the first of its targets that no rule speaks against."""
+    artefacts = {artefact.target: artefact for artefact in release.artefacts}
+    known: dict[str, ArtefactFacts] = {}
+
+    def facts(target: str) -> ArtefactFacts:
+        if target not in known:
+            known[target] = read_facts(blobs, artefacts[target].manifest)
+        return known[target]
+
+    choices = {
+        device.device_id: choose(list(artefacts), facts, hardware_of(device.hardware or {})) for device in devices
+    }
+    chosen = {device_id: artefacts[one.target] for device_id, one in choices.items() if one.target is not None}
+    skipped = {device_id: f"{one.reason} ({one.rule})" for device_id, one in choices.items() if one.target is None}
+    return Placement(chosen, skipped, choices)
 
 
-def find_obstacle(manifest: Manifest, hardware: Mapping[str, Any]) -> str | None:
-    """Why a device cannot run an artefact, by what it reports of itself; None when nothing speaks against it."""
-    needs, budget = manifest.requires, int(hardware.get("memory_budget_bytes") or 0)
-    if budget and needs.memory_bytes > budget:
-        return f"needs {needs.memory_bytes >> 20} MiB of memory, the budget is {budget >> 20} MiB"
-    disk = int(hardware.get("disk_free_bytes") or 0)
-    if disk and needs.disk_bytes > disk:
-        return f"needs {needs.disk_bytes >> 20} MiB of disk, {disk >> 20} MiB are free"
-    architecture = str(hardware.get("architecture") or "")
-    if architecture and needs.architectures and architecture not in needs.architectures:
-        return f"is for {', '.join(needs.architectures)}, the device is {architecture}"
-    missing = sorted(set(needs.cpu_features) - set(hardware.get("cpu_features") or ()))
-    if missing and hardware.get("cpu_features"):
-        return f"the processor lacks {', '.join(missing)}"
-    if needs.hardware_key and needs.hardware_key != hardware.get("hardware_key"):
-        return f"was built for {needs.hardware_key}, the device is {hardware.get('hardware_key') or 'another'}"
-    return None
+def read_facts(blobs: BlobStore, manifest: str) -> ArtefactFacts:
+    """What decides about a stored artefact."""
+    return facts_of(parse_manifest(blobs.get(manifest, max_bytes=MAX_MANIFEST_BYTES), expected_digest=manifest))
+
+
+def hardware_of(stored: Mapping[str, Any]) -> Hardware:
+    """A device's hardware as it is stored; what does not read as such tells nothing."""
+    try:
+        return Hardware.model_validate({"profile": "untold", **stored})
+    except ValidationError:
+        return Hardware(profile="untold")

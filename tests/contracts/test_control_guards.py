@@ -44,6 +44,7 @@ MAY_CALL: dict[str, tuple[str, ...]] = {
     "GET /api/v1/releases": (VIEWER,),
     "GET /api/v1/models": (VIEWER,),
     "GET /api/v1/models/{name}": (VIEWER,),
+    "GET /api/v1/models/{name}/compatibility": (VIEWER,),
     "POST /api/v1/publications": (PUBLISHER,),
     "GET /api/v1/publications": (VIEWER,),
     "GET /api/v1/publications/{publication_id}": (VIEWER,),

@@ -107,8 +107,8 @@ def test_preflight_names_both_numbers_and_keeps_a_reserve(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("requires", "sentence"),
     [
-        ({"hardware_key": "sm87-trt10"}, "hardware key sm87-trt10, here is none"),
-        ({"architectures": ["sparc"]}, "architecture sparc, here is"),
+        ({"hardware_key": "sm87-trt10"}, "built for hardware key sm87-trt10, here is none"),
+        ({"architectures": ["sparc"]}, "is for architecture sparc, here is"),
         ({"cpu_features": ["avx9000"]}, "all but avx9000"),
         ({"runtime_version": "99.1"}, "onnxruntime version 99.1, here is"),
     ],

@@ -44,6 +44,7 @@ from wire.errors import (
 
 MAX_FORM_BYTES = 64 * 1024
 RECENT = 8
+COMPATIBLE_DEVICES = 200
 LOG_LENGTH = 100
 
 Handler = Callable[[Request, PageApi], Awaitable[Response]]
@@ -215,7 +216,8 @@ class Pages:
         name = request.path_params["name"]
         model, releases = await asyncio.gather(api.get(f"/models/{part(name)}"), api.all("/releases"))
         own = model.get("versions") or model.get("releases") or [r for r in releases if r.get("name") == name]
-        return self._page(request, "model.html", model=model, releases=own)
+        fleet = await api.get(f"/models/{part(name)}/compatibility", limit=COMPATIBLE_DEVICES) if own else None
+        return self._page(request, "model.html", model=model, releases=own, compatibility=fleet)
 
     async def label(self, request: Request, api: PageApi) -> Response:
         """Replace a device's labels."""
