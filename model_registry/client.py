@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,30 @@ class Lease:
     lease_id: str
     lease_s: float
     spec: Json
+
+
+@dataclass(frozen=True)
+class EngineLease:
+    """An engine build that is ours while heartbeats arrive within `lease_s`, for at most `limit_s`."""
+
+    build_id: str
+    lease_id: str
+    lease_s: float
+    limit_s: float
+    tenant: str
+    model: str
+    manifest: str
+    hardware_key: str
+
+
+@dataclass(frozen=True)
+class EngineOffer:
+    """An engine's document, unproven until its digest is found in a publisher's list; `lease_id`: prove it first."""
+
+    build_id: str
+    document: bytes
+    lease_id: str | None
+    lease_s: float
 
 
 class ControlClient:
@@ -238,6 +264,54 @@ class ControlClient:
         """Stop the jobs of a publication."""
         self.post(f"publications/{publication_id}/cancel")
 
+    # engines
+
+    def sign_engine(self, build_id: str, role: str, metadata: bytes) -> dict[str, Any]:
+        """Hand in the publisher's metadata that lists an engine."""
+        body: Json = {"role": role, "metadata": base64.b64encode(metadata).decode()}
+        return dict(self.transport.call("POST", f"engine-builds/{build_id}/sign", body=body))
+
+    def lease_engine(self, keys: Sequence[str] = ()) -> EngineLease | None:
+        """An engine build that is ours now; a device's key is known, a builder names those it has."""
+        answer = self.transport.call("POST", "engine-builds/lease", body={"keys": list(keys)})
+        return None if answer is None else EngineLease(**answer)
+
+    def keep_engine(self, build_id: str, lease_id: str) -> None:
+        """Keep a lease to build or to prove; `ConflictError` when it is lost."""
+        body = {"lease_id": lease_id}
+        self.transport.call("POST", f"engine-builds/{build_id}/heartbeat", body=body, is_repeatable=True)
+
+    def hand_in_engine(self, lease: EngineLease, path: Path) -> None:
+        """Upload the engine at `path` and end the lease with it."""
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        headers = {**_OCTETS, "content-length": str(path.stat().st_size)}
+        self.transport.fetch(
+            "PUT", f"engine-builds/{lease.build_id}/engine/{digest}", content=lambda: file_pieces(path),
+            headers=headers, params={"lease_id": lease.lease_id}, timeout_s=300.0,
+        )  # fmt: skip
+        body = {"lease_id": lease.lease_id, "hardware_key": lease.hardware_key, "engine": digest}
+        self.transport.call("POST", f"engine-builds/{lease.build_id}/complete", body=body)
+
+    def fail_engine(self, lease: EngineLease, code: str, reason: str) -> None:
+        """End the lease with why there is no engine."""
+        body = {"lease_id": lease.lease_id, "code": code, "reason": reason[:2000]}
+        self.transport.call("POST", f"engine-builds/{lease.build_id}/fail", body=body)
+
+    def find_engine(self, manifest: str) -> EngineOffer | None:
+        """The signed engine of an artefact for the calling device's key."""
+        answer = self.transport.call("POST", f"device/engines/{manifest}", is_repeatable=True)
+        if answer is None:
+            return None
+        document = base64.b64decode(answer["document"])
+        return EngineOffer(str(answer["build_id"]), document, answer["lease_id"], float(answer["lease_s"]))
+
+    def prove_engine(self, offer: EngineOffer, code: str | None, reason: str = "") -> None:
+        """Say how the golden inputs went; does nothing where nobody asked."""
+        if offer.lease_id is not None:
+            body = {"lease_id": offer.lease_id, "code": code, "reason": reason[:2000]}
+            self.transport.call("POST", f"engine-builds/{offer.build_id}/prove", body=body)
+
     # trust
 
     def get_trust(self) -> Json:
@@ -312,9 +386,11 @@ class ControlClient:
 _OCTETS = {"content-type": "application/octet-stream"}
 
 
-def connect(url: str, token: str | None = None, *, ca_file: str | None = None) -> ControlClient:
-    """A client for the control plane at `url`."""
-    return ControlClient(Transport(url, token, ca_file=ca_file))
+def connect(
+    url: str, token: str | None = None, *, ca_file: str | None = None, tls: ssl.SSLContext | None = None
+) -> ControlClient:
+    """A client for the control plane at `url`; `tls` carries a device's certificate."""
+    return ControlClient(Transport(url, token, ca_file=ca_file, tls=tls))
 
 
 def publication_of(document: Json) -> Publication:

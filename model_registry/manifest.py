@@ -22,7 +22,10 @@ from wire.messages import Digest, Name
 MANIFEST_SCHEMA = "foreshore.manifest/1"
 RELEASE_SCHEMA = "foreshore.release/1"
 MAX_MANIFEST_BYTES = 16 << 20
+ENGINE_SCHEMA = "foreshore.engine/1"
 MAX_RELEASE_BYTES = 256 << 10
+MAX_ENGINE_DOCUMENT_BYTES = 8 << 10
+MAX_ENGINE_BYTES = 32 << 30
 
 Size = Annotated[int, Field(ge=0, le=1 << 44)]
 Runtime = Literal["onnxruntime", "onnxruntime-genai", "tensorrt-rtx", "tensorrt", "safetensors"]
@@ -248,8 +251,47 @@ class Release(_Document):
         """SHA-256 of the canonical bytes, in hex."""
         return sha256(self.to_bytes())
 
+    @property
+    def listing(self) -> dict[str, Any]:
+        """What a publisher's list says of it to people."""
+        return {"version": self.version, "sequence": self.sequence}
 
-D = TypeVar("D", Manifest, Release)
+
+class EngineBuild(_Document):
+    """An engine that was built from an artefact for one hardware key: the document whose digest the publisher signs.
+
+    It stands in a publisher's list like a release, under the same model, and names the engine's bytes by digest.
+    """
+
+    schema_: Literal["foreshore.engine/1"] = Field(default="foreshore.engine/1", alias="schema")
+    tenant: Name
+    name: Name
+    manifest: Digest  # of the artefact whose graph it was built from
+    hardware_key: Annotated[str, Field(min_length=1, max_length=120)]
+    builder: Literal["tensorrt-rtx", "tensorrt"]
+    builder_version: Annotated[str, Field(max_length=64)]
+    engine: Digest  # of its bytes
+    size_bytes: Annotated[int, Field(ge=1, le=MAX_ENGINE_BYTES)]
+    built_by: Annotated[str, Field(max_length=200)]
+    built_at: Annotated[str, Field(max_length=40)]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes: what the digest, which is what publishers sign, is taken of."""
+        return canonical_bytes(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hex."""
+        return sha256(self.to_bytes())
+
+    @property
+    def listing(self) -> dict[str, Any]:
+        """What a publisher's list says of it to people."""
+        return {"engine_for": self.hardware_key, "manifest": self.manifest}
+
+
+D = TypeVar("D", Manifest, Release, EngineBuild)
 
 
 def canonical_bytes(document: Any) -> bytes:
@@ -271,6 +313,11 @@ def parse_manifest(data: bytes, *, expected_digest: str | None = None) -> Manife
 def parse_release(data: bytes, *, expected_digest: str | None = None) -> Release:
     """Read a release; with `expected_digest` the bytes must hash to it before they are parsed, and be canonical."""
     return _parse(Release, data, RELEASE_SCHEMA, MAX_RELEASE_BYTES, expected_digest)
+
+
+def parse_engine_build(data: bytes, *, expected_digest: str | None = None) -> EngineBuild:
+    """Read an engine's document; with `expected_digest` the bytes must hash to it before they are parsed."""
+    return _parse(EngineBuild, data, ENGINE_SCHEMA, MAX_ENGINE_DOCUMENT_BYTES, expected_digest)
 
 
 def _parse(kind: type[D], data: bytes, schema: str, max_bytes: int, expected_digest: str | None) -> D:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -43,6 +44,7 @@ class Transport:
         token: str | None = None,
         *,
         ca_file: str | None = None,
+        tls: ssl.SSLContext | None = None,
         timeout_s: float = TIMEOUT_S,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -57,7 +59,7 @@ class Transport:
             base_url=f"{self.url}/api/v1/",
             headers={"authorization": f"Bearer {token}"} if token else {},
             timeout=timeout_s,
-            verify=_tls(ca_file),
+            verify=tls or _tls(ca_file),
             transport=transport,
             follow_redirects=False,
         )

@@ -111,6 +111,8 @@ class ModelState(Message):
     runtime: str | None = None
     providers: list[str] = Field(default_factory=list, max_length=8)
     latency_ms: float | None = None
+    engine: Digest | None = None  # of the engine that answers
+    engine_note: Text | None = None  # why none does, though one was built: error code, a colon and a sentence
 
 
 class Hardware(Message):

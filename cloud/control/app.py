@@ -13,7 +13,19 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api import access, builds, compatibility, content, docs, fleet, records, rollouts, trust, webhooks
+from cloud.control.api import (
+    access,
+    builds,
+    compatibility,
+    content,
+    docs,
+    engines,
+    fleet,
+    records,
+    rollouts,
+    trust,
+    webhooks,
+)
 from cloud.control.api.base import PREFIX, install_errors, principal_of
 from cloud.control.api.shield import Shield
 from cloud.control.identity import DEFAULT_TENANT, Role
@@ -49,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.is_stopping = threading.Event()
     app.state.listeners = set[asyncio.Event]()
     install_errors(app)
-    for part in (access, content, compatibility, builds, fleet, rollouts, records, webhooks, trust):
+    for part in (access, content, compatibility, builds, engines, fleet, rollouts, records, webhooks, trust):
         app.include_router(part.router, prefix=PREFIX, tags=[part.__name__.rsplit(".", 1)[-1]])
     docs.install(app)
     _install_health(app, plane)

@@ -88,6 +88,12 @@ def cloud(
     device_certificate_hours: Annotated[
         float, typer.Option(help="Lifetime of devices' certificates; renewed at two thirds.", min=0.001, max=87600)
     ] = 365 * 24,
+    engine_lease_s: Annotated[
+        float, typer.Option(help="Silence after which a builder of engines is given up.", min=1, max=3600)
+    ] = 30.0,
+    engine_limit_s: Annotated[
+        float, typer.Option(help="Longest attempt to build an engine.", min=1, max=86400)
+    ] = 3600.0,
     die_with_parent_: Annotated[bool, typer.Option("--die-with-parent", help="End when the parent ends.")] = False,
 ) -> None:
     """Run the control plane with its broker and web pages."""
@@ -107,6 +113,7 @@ def cloud(
             device_lifetime=timedelta(hours=device_certificate_hours),
             mqtt_port=0 if broker_host else mqtt_port or ports.get("mqtt"),
             broker_host=broker_host, broker_port=broker_port, gateway_url=gateway_url, advertise_host=advertise_host,
+            engine_lease_s=engine_lease_s, engine_limit_s=engine_limit_s,
         )
     )  # fmt: skip
     scheme = "https" if tls else "http"

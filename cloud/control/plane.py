@@ -24,6 +24,7 @@ from cloud.control.database import Database, after_commit, announce
 from cloud.control.decisions import Decisions
 from cloud.control.decisions import add as add_decision
 from cloud.control.delivery import Delivery
+from cloud.control.engine_builds import EngineBuilds
 from cloud.control.events import EventBus
 from cloud.control.fleet import Fleet
 from cloud.control.guesses import Guesses
@@ -75,7 +76,12 @@ class ControlPlane:
         self.publications = Publications(
             self.database, self.blobs, self.jobs, self.trust, lambda name: find_target(settings, name)
         )
+        self.engine_builds = EngineBuilds(
+            self.database, self.blobs, self.trust,
+            lease_s=settings.engine_lease_s, max_build_s=settings.engine_limit_s,
+        )  # fmt: skip
         self.trust.on_accepted(self.publications.hear_trust)
+        self.trust.on_accepted(self.engine_builds.hear_trust)
         self.trust.on_accepted(lambda session, *_: after_commit(session, self.fleet.republish))
         self.mqtt_host = settings.broker_host or settings.advertise_host
         self.mqtt_port = settings.broker_port if settings.broker_host else (settings.mqtt_port or free_port())
@@ -158,6 +164,7 @@ class ControlPlane:
             reported = parse(Reported, payload)
             if self.fleet.store_report(tenant, device_id, reported):
                 self.rollouts.hear_report(tenant, device_id, reported)
+            self.engine_builds.hear_report(tenant, device_id, reported)
         elif leaf == "status":
             self.fleet.store_status(tenant, device_id, parse(Status, payload))
         elif leaf == "need":
@@ -231,7 +238,7 @@ class ControlPlane:
     def _tick(self) -> None:
         parts: Mapping[str, Callable[[], None]] = {
             "jobs": self.jobs.tick, "rollouts": self.rollouts.tick, "publications": self.publications.tick,
-            "trust": self.trust.tick,
+            "trust": self.trust.tick, "engines": self.engine_builds.tick,
         }  # fmt: skip
         while not self._is_stopping.wait(self.settings.tick_s):
             for name, tick in parts.items():

@@ -26,6 +26,8 @@ class Settings:
     advertise_host: str = "127.0.0.1"
     config_folder: Path = field(default_factory=lambda: Path(__file__).resolve().parents[2] / "fleet_configs")
     lease_s: float = 30.0
+    engine_lease_s: float = 30.0
+    engine_limit_s: float = 3600.0  # of one attempt to build or prove an engine
     tick_s: float = 1.0
 
     @property

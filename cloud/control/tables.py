@@ -248,6 +248,33 @@ class Build(Base):
     built_at: Mapped[datetime]
 
 
+class EngineBuildRow(Base):
+    """The engine of one artefact for one hardware key, from being wanted to being shared; there is one row for each."""
+
+    __tablename__ = "engine_builds"
+    build_id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    model: Mapped[str] = mapped_column(String(64))
+    manifest: Mapped[str] = mapped_column(String(64))
+    hardware_key: Mapped[str] = mapped_column(String(120))
+    state: Mapped[str] = mapped_column(String(20), index=True)
+    lease_id: Mapped[str | None] = mapped_column(String(40))
+    holder: Mapped[str | None] = mapped_column(String(200))  # who has the lease, to build or to prove
+    lease_expires_at: Mapped[datetime | None]
+    begun_at: Mapped[datetime | None]  # of the attempt under way
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    built_by: Mapped[str | None] = mapped_column(String(200))
+    document: Mapped[bytes | None]  # canonical bytes of `manifest.EngineBuild`, to sign
+    document_digest: Mapped[str | None] = mapped_column(String(64))
+    reason: Mapped[str] = mapped_column(Text, default="")
+    history: Mapped[list[Any]]  # of attempts that came to nothing: who, code, reason, at
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+    version: Mapped[int] = mapped_column(Integer, default=0)
+    __mapper_args__ = {"version_id_col": version}
+    __table_args__ = (Index("uq_engine_builds_key", "tenant", "manifest", "hardware_key", unique=True),)
+
+
 class DecisionRow(Base):
     """One explained choice, from a gateway, a device or the control plane itself."""
 

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from tuf.api.metadata import Metadata, Root, Targets
 
-from model_registry.manifest import Release
 from model_registry.trust import roles
 from model_registry.trust.client import MAX_ROOT_BYTES, TrustClient
 from model_registry.trust.clock import TrustedClock, machine_time
 from model_registry.trust.errors import ExpiredError, FrozenError, MalformedError, NotListedError
 from model_registry.trust.keys import decode_public_key, tuf_key
+from model_registry.trust.roles import Listed
 from model_registry.trust.trusted import TrustedSet, read_metadata
 from wire.errors import ConflictError, SignatureError
 
@@ -159,8 +159,8 @@ class SigningDesk:
             keys, _ = roles.delegated_keys(self._targets().signed, role)
             self._hand_in(role, roles.renewed(self._client.fetch_role(role), now), [key.keyid for key in keys])
 
-    def list_release(self, release: Release) -> tuple[str, bytes]:
-        """The next list of the publisher whose key this is, with one release more: role and signed bytes."""
+    def list_release(self, release: Listed) -> tuple[str, bytes]:
+        """The next list of the publisher whose key this is, with one document more: role and signed bytes."""
         view = self._refreshed()
         role = self._own_role(view.targets, release)
         held = self._client.load_role(role)
@@ -227,7 +227,7 @@ class SigningDesk:
     def _targets(self) -> Metadata[Targets]:
         return read_metadata(Targets, self._client.read_local(Targets.type))
 
-    def _own_role(self, targets: Targets, release: Release) -> str:
+    def _own_role(self, targets: Targets, release: Listed) -> str:
         path = roles.release_path(release.name, release.digest)
         assert targets.delegations is not None
         for role, _ in targets.delegations.get_roles_for_target(path):

@@ -32,7 +32,7 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
-from model_registry.manifest import Release
+from model_registry.manifest import EngineBuild, Release
 from model_registry.trust.keys import tuf_key, tuf_signer
 from model_registry.trust.trusted import SIGNED_AT
 from wire.errors import ConflictError, InvalidInputError
@@ -45,6 +45,9 @@ SNAPSHOT_LIFE = timedelta(days=30)
 TIMESTAMP_LIFE = timedelta(days=7)
 ONLINE_ROLES = (Snapshot.type, Timestamp.type, DIRECTOR)
 TOP_ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
+
+Listed = Release | EngineBuild
+"""What a publisher's list may hold."""
 
 S = TypeVar("S", Root, Snapshot, Targets, Timestamp)
 
@@ -96,13 +99,13 @@ def renewed(metadata: Metadata[S], now: datetime, life: timedelta = OFFLINE_LIFE
     return Metadata(signed)
 
 
-def with_release(metadata: Metadata[Targets], release: Release, now: datetime) -> Metadata[Targets]:
-    """The next version of a publisher's role, listing one release more."""
+def with_release(metadata: Metadata[Targets], release: Listed, now: datetime) -> Metadata[Targets]:
+    """The next version of a publisher's role, listing one document more."""
     made = renewed(metadata, now)
     data = release.to_bytes()
     path = release_path(release.name, release.digest)
-    custom = {"version": release.version, "sequence": release.sequence}
-    made.signed.targets[path] = TargetFile(len(data), {"sha256": release.digest}, path, {"custom": custom})
+    listed = TargetFile(len(data), {"sha256": release.digest}, path, {"custom": dict(release.listing)})
+    made.signed.targets[path] = listed
     return made
 
 

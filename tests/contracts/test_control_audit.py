@@ -21,10 +21,21 @@ CHANGES_NOTHING = {
     ("POST", "/api/v1/tokens/introspect"): "looks a token up",
     ("POST", "/api/v1/jobs/lease"): "work comes and goes; its end is audited",
     ("POST", "/api/v1/jobs/{job_id}/heartbeat"): "work comes and goes; its end is audited",
+    ("POST", "/api/v1/engine-builds/lease"): "work comes and goes; its end is audited",
+    ("POST", "/api/v1/engine-builds/{build_id}/heartbeat"): "work comes and goes; its end is audited",
+    (
+        "PUT",
+        "/api/v1/engine-builds/{build_id}/engine/{digest}",
+    ): "content, named by its digest; what uses it is audited",
+    ("POST", "/api/v1/device/engines/{manifest}"): "a device asks; what it found is audited",
     ("POST", "/api/v1/decisions"): "records are a log of their own",
     ("PUT", "/api/v1/blobs/{digest}"): "content, named by its digest; what uses it is audited",
 }
-NEEDS_A_COMPILER = {
+NEEDS_A_COMPILER = {  # or a builder of engines: tests/contracts/test_engine_builds.py looks at the trail
+    ("POST", "/api/v1/engine-builds/{build_id}/complete"),
+    ("POST", "/api/v1/engine-builds/{build_id}/fail"),
+    ("POST", "/api/v1/engine-builds/{build_id}/sign"),
+    ("POST", "/api/v1/engine-builds/{build_id}/prove"),
     ("POST", "/api/v1/jobs/{job_id}/fail"),
     ("POST", "/api/v1/jobs/{job_id}/cancel"),
     ("POST", "/api/v1/publications/{publication_id}/cancel"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -29,7 +30,16 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from cloud.control.authority import CONTROL_USER, Authority
 from cloud.control.broker import Broker, DeviceAccess, client_context
 from model_registry.encodings import whole_frames
-from model_registry.manifest import ArtefactFile, Chunk, Golden, Manifest, Release, ReleaseArtefact, Requirements
+from model_registry.manifest import (
+    ArtefactFile,
+    Chunk,
+    EngineBuild,
+    Golden,
+    Manifest,
+    Release,
+    ReleaseArtefact,
+    Requirements,
+)
 from tests.fakes.trust import MemoryTrust
 from wire import topics
 from wire.envelope import sign
@@ -83,6 +93,9 @@ class Plane:
         self.pause_s = 0.0
         self.is_silent = False
         self.lies: dict[str, bytes] = {}  # metadata that is served instead of the true one
+        self.blobs: dict[str, bytes] = {}
+        self.engine_offers: dict[str, dict[str, Any]] = {}  # by manifest
+        self.proofs: list[dict[str, Any]] = []
         self.is_closed = False
         self.generation = 0
         self.assignment = b""  # the last wish as it was sent
@@ -182,6 +195,21 @@ class Plane:
             source_digest="0" * 64,
         )
         return self._released(manifest, version)
+
+    def offer_engine(self, built: EngineBuild, engine: bytes, *, is_listed: bool = True) -> None:
+        """Offer an engine's document for its manifest, with a lease to prove it; `engine` is what is served for it."""
+        if is_listed:
+            self.trust.list_release(built)
+        self.blobs[built.engine] = engine
+        document = base64.b64encode(built.to_bytes()).decode()
+        self.engine_offers[built.manifest] = {"build_id": "b", "document": document, "lease_id": "l", "lease_s": 30.0}
+
+    def hear_of_engines(self, path: str, body: bytes) -> tuple[bytes, int]:
+        """Answer to a device's calls about engines."""
+        if path.endswith("/prove"):
+            self.proofs.append(json.loads(body))
+        found = self.engine_offers.get(path.rsplit("/", 1)[-1])
+        return (json.dumps(found).encode(), 200) if found else (b"", 204)
 
     def wish(self, *models: DesiredModel, key: Ed25519PrivateKey | None = None, **changes: Any) -> int:
         """Sign and retain the next generation of the desired state; `changes` make it another's, older, ..."""
@@ -331,6 +359,8 @@ def _handler(plane: Plane) -> type[BaseHTTPRequestHandler]:
             if kind == "metadata":
                 found = plane.lies.get(digest) or plane.trust.fetch(digest, 1 << 20)
                 self._answer(found or b"", 200 if found else 404)
+            elif kind == "blobs":
+                self._answer(plane.blobs[digest])
             elif kind == "chunks":
                 plane.http_chunks += 1
                 self._answer(plane.chunks[digest])
@@ -340,6 +370,10 @@ def _handler(plane: Plane) -> type[BaseHTTPRequestHandler]:
                 self._answer(plane.releases[digest])
 
         def do_POST(self) -> None:
+            if self.path.split("/")[3] in ("device", "engine-builds"):
+                body = self.rfile.read(int(self.headers["content-length"] or 0))
+                self._answer(*plane.hear_of_engines(self.path, body))
+                return
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             self._answer(json.dumps(plane.enrolment(body["csr_pem"])).encode())
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from paho.mqtt.enums import CallbackAPIVersion
 
 from model_registry.client import ControlClient, connect
-from model_registry.manifest import ArtefactFile, Chunk, Golden, Manifest, parse_release, sha256
+from model_registry.manifest import ArtefactFile, Chunk, Golden, Graph, Manifest, Requirements, parse_release, sha256
 from model_registry.trust.desk import SigningDesk
 from model_registry.trust.keys import create_key, load_key
 from wire import topics
@@ -116,7 +116,14 @@ class ControlProcess:
                 assert answer.is_success, answer.text
 
     def publish(
-        self, name: str, payload: bytes, version: str | None = None, *, golden: bytes | None = None
+        self,
+        name: str,
+        payload: bytes,
+        version: str | None = None,
+        *,
+        golden: bytes | None = None,
+        graph: Graph | None = None,
+        requires: Requirements | None = None,
     ) -> dict[str, Any]:
         """Publish `payload` as a one-file model through a simulated worker; the release's document."""
         source = self.put_blob(b"source of " + payload[:100])
@@ -127,6 +134,7 @@ class ControlProcess:
         publication = self.ok("POST", "/publications", order)
         lease = self.ok("POST", "/jobs/lease", {"worker_id": "w"}, token="worker")
         manifest = make_manifest(name, payload, lease["spec"]["source"]["digest"], golden)
+        manifest = manifest.model_copy(update={"graph": graph, "requires": requires or manifest.requires})
         self.put_blob(manifest.to_bytes())
         done = {"lease_id": lease["lease_id"], "manifest": manifest.digest}
         self.ok("POST", f"/jobs/{lease['job_id']}/complete", done, token="worker")
@@ -177,6 +185,7 @@ class FakeDevice:
         self.device_id, self.behaviour = device_id, behaviour
         self.received: list[tuple[str, bytes]] = []
         self.desired: Desired | None = None
+        self.hardware = Hardware(profile="fake", targets=["cpu-x86"])
         self._models: dict[str, ModelState] = {}
         self._lock = threading.Lock()
         key = ec.generate_private_key(ec.SECP256R1())
@@ -224,7 +233,7 @@ class FakeDevice:
         """Publish what it is."""
         reported = Reported(
             generation=self.desired.generation if self.desired else 0, agent_version="test", boot_epoch=1,
-            reported_at=datetime.now(UTC), hardware=Hardware(profile="fake", targets=["cpu-x86"]),
+            reported_at=datetime.now(UTC), hardware=self.hardware,
             models=list(self._models.values()),
         )  # fmt: skip
         self.client.publish(self.topic("reported"), reported.to_bytes(), qos=1, retain=True)

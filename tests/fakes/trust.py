@@ -10,12 +10,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from model_registry.manifest import Release
 from model_registry.trust import roles
 from model_registry.trust.clock import machine_time
 from model_registry.trust.desk import SigningDesk
 from model_registry.trust.keys import encode_public_key, tuf_key
 from model_registry.trust.repository import Repository
+from model_registry.trust.roles import Listed
 
 PUBLISHER = "tests"
 
@@ -74,7 +74,7 @@ class MemoryTrust:
         self.desk.initialise([self.root.public_key()], [self.targets.public_key()])
         self.desk.add_publisher(PUBLISHER, [self.publisher.public_key()])
 
-    def list_release(self, release: Release) -> None:
+    def list_release(self, release: Listed) -> None:
         """Sign and hand in, as `foreshore publish` does."""
         self.counter.submit_metadata(*self.desk.list_release(release))
 
