@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.config import Home, Identity, Profile
 from edge_agent.credentials import Credentials, KeyStore
@@ -33,8 +33,12 @@ from model_registry.trust.bundle import Bundle
 from model_registry.trust.errors import MetadataUnavailableError, TrustError
 from wire import topics
 from wire.errors import ForeshoreError, IntegrityError
-from wire.messages import Desired, Need, Reported, Status
+from wire.messages import Desired, ModelState, Need, Reported, Status
 from wire.process import replace_durably
+
+if TYPE_CHECKING:
+    from edge_agent.engine_work import EngineWork
+    from model_registry.client import ControlClient
 
 AGENT_VERSION = "0.1.0"
 TICK_S = 0.25
@@ -100,6 +104,7 @@ class Agent:
             troubled=self._troubled,
             held=self._held,
         )
+        self._engine_work = self._make_engine_work(credentials)
         self.control: Connection
 
     @property
@@ -116,6 +121,8 @@ class Agent:
             self._spawn(self._renewal.run(self._renewal_failed), "renewal")
         last_report = 0.0
         self._spawn(self._watch_trust(), "trust")
+        if self._engine_work is not None:
+            self._spawn(self._engine_work.run(), "engines")
         watchdog = Watchdog()
         watchdog.say("READY=1")
         while not stopping.is_set():
@@ -154,10 +161,38 @@ class Agent:
             boot_epoch=self.boot_epoch,
             reported_at=datetime.now(UTC),
             hardware=find_hardware(self.profile, self.home.store),
-            models=[update.report() for _, update in sorted(self.updates.items())][:32],
+            models=[self._model_report(update) for _, update in sorted(self.updates.items())][:32],
             local_api=self.local_url,
             error=self.error or next(iter(self._troubles.values()), None) or trust_error,
         )
+
+    def _model_report(self, update: Update) -> ModelState:
+        state = update.report()
+        return self._engine_work.described(state) if self._engine_work is not None else state
+
+    def _make_engine_work(self, credentials: Credentials) -> EngineWork | None:
+        """Only a device with an engine runtime pays for it; its code and httpx come in with the first connection."""
+        settings = self.profile.engine
+        if settings is None:
+            return None
+        from edge_agent.engine_work import EngineWork
+
+        def connected() -> ControlClient:
+            from model_registry.client import connect
+
+            return connect(self.identity.control_url, tls=credentials.context)
+
+        return EngineWork(
+            self._device,
+            settings,
+            connected,
+            updates=lambda: self.updates,
+            is_online=lambda: self.is_online,
+            alarm=self._engine_alarm,
+        )
+
+    def _engine_alarm(self, name: str, note: str) -> None:
+        self.outbox.add("alarm", {"model": name, "message": note})
 
     def _connect(self) -> None:
         will = Will(self._topic("status"), Status(online=False, boot_epoch=self.boot_epoch).to_bytes())

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from wire.errors import InvalidInputError, NotFoundError
 from wire.messages import Name
 
+ENGINE_MODULE = "edge_agent.runtimes.tensorrt_engine"
 MAX_FILE_BYTES = 256 * 1024
 PROFILES = Path(__file__).resolve().parent.parent / "fleet_configs" / "devices"
 
@@ -30,19 +31,20 @@ class _Config(BaseModel):
 class EngineSettings(_Config):
     """How this device builds and opens engines, and what it cannot find out by itself.
 
-    `build` is a command with `{graph}` and `{engine}` for the files; `module` has `open_engine(path) -> TensorRuntime`.
-    What is stated of the hardware counts before what the machine tells.
+    `build` is a command with `{graph}` and `{engine}` for the files; `module` has `open_engine(path, runtime)`, which
+    gives a `TensorRuntime`. What is stated of the hardware counts before what the machine tells.
     """
 
     runtime: Literal["tensorrt", "tensorrt-rtx"]
     runtime_version: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=32)]
-    module: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_.]*$", max_length=100)]
+    module: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_.]*$", max_length=100)] = ENGINE_MODULE
     compute_capability: Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None = None
     jetpack: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=16)] | None = None
     architecture: Annotated[str, Field(max_length=32)] | None = None
     build: Annotated[list[str], Field(min_length=1, max_length=32)] | None = None  # None: never builds for others
     build_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 1800.0
     min_idle_s: Annotated[float, Field(ge=0, le=86400)] = 60.0  # without a request before a build may begin
+    poll_s: Annotated[float, Field(gt=0, le=3600)] = 30.0  # between looks for an engine or a build
     max_power_w: Annotated[float, Field(gt=0)] | None = None  # of the whole board, to begin and go on building
 
     def runtimes(self) -> dict[str, str]:

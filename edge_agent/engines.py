@@ -7,6 +7,7 @@ request leaves. Only touched from the event loop.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -99,6 +100,12 @@ class Engines:
         self._budget_bytes = memory_budget_bytes
         self._active: dict[str, Engine] = {}
         self._loaded: list[Engine] = []
+        self._used_at = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Since a request last ended; 0 while one runs."""
+        return 0.0 if any(engine.num_users for engine in self._loaded) else time.monotonic() - self._used_at
 
     @property
     def used_bytes(self) -> int:
@@ -153,6 +160,7 @@ class Engines:
             yield engine
         finally:
             engine.num_users -= 1
+            self._used_at = time.monotonic()
             self._free_if_idle(engine)
 
     def _free_if_idle(self, engine: Engine) -> None:

@@ -42,8 +42,11 @@ class TrialFailedError(ForeshoreError):
         self.code = code  # type: ignore[misc]
 
 
-async def try_out(manifest: Path, files: Path, profile: Profile, *, free_bytes: int, timeout_s: float) -> int:
-    """Bytes of memory that the model takes while it runs.
+async def try_out(
+    manifest: Path, files: Path, profile: Profile, *, free_bytes: int, timeout_s: float, engine: Path | None = None
+) -> int:
+    """Bytes of memory that the model takes while it runs. With `engine`, that is opened instead of the graph, and all
+    golden cases must hold.
 
     Raises `CrashedError`, `InsufficientSpaceError`, `TimedOutError` or what loading it raised (`TrialFailedError`).
     """
@@ -57,6 +60,7 @@ async def try_out(manifest: Path, files: Path, profile: Profile, *, free_bytes: 
         limit=MAX_OUTPUT_BYTES,
     )
     asked = {"manifest": str(manifest), "files": str(files), "profile": profile.model_dump(mode="json")}
+    asked |= {"engine": str(engine)} if engine is not None else {}
     watching = asyncio.create_task(_watch(process, free_bytes + OVERHEAD_BYTES), name=f"watch-trial-{process.pid}")
     try:
         async with asyncio.timeout(timeout_s):
@@ -140,10 +144,22 @@ def _measure(asked: dict[str, Any]) -> int:
     files = Path(asked["files"])
     import_runtime(manifest)
     before = resident_bytes(os.getpid())
+    if "engine" in asked:
+        _try_engine(manifest, files, profile, Path(asked["engine"]))
+        return max(0, resident_bytes(os.getpid(), "VmHWM") - before)
     runtime = load(manifest, files, profile)
     with contextlib.suppress(Exception):  # the probe judges answers; here it counts whether the process survives
         run_once(manifest, files, runtime)
     return max(0, resident_bytes(os.getpid(), "VmHWM") - before)
+
+
+def _try_engine(manifest: Manifest, files: Path, profile: Profile, engine: Path) -> None:
+    from edge_agent.engine_runtime import open_engine
+    from edge_agent.probe import probe
+
+    assert profile.engine is not None, "only a device with an engine runtime tries engines"
+    runtime = open_engine(profile.engine, engine)
+    probe(manifest, files, runtime, old=None, max_slowdown=profile.max_slowdown)
 
 
 if __name__ == "__main__":
