@@ -69,4 +69,5 @@ def _device(row: RolloutRow, name: str, device: rollout.DeviceSlot) -> dict[str,
         "attempts": device.attempts,
         "deadline": datetime.fromtimestamp(device.deadline, UTC).isoformat() if device.deadline else None,
         "target": row.offers.get(name, {}).get("model", {}).get("target"),
+        "choice": row.offers.get(name, {}).get("choice"),  # why this target
     }

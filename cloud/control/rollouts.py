@@ -27,6 +27,7 @@ from cloud.control.rollout_views import details, summary
 from cloud.control.tables import Device, RolloutRow
 from model_registry import catalogue
 from model_registry.blobs import BlobStore
+from model_registry.compatibility import Choice
 from model_registry.tables import ArtefactRow, ReleaseRow
 from wire.decision import Candidate, Input, decide
 from wire.errors import ConflictError, InvalidInputError, NotAllowedError, NotFoundError
@@ -69,7 +70,7 @@ class Rollouts:
                 state=state.to_dict(), joins=order.joins, reason="", created_by=by.subject,
                 created_with=by.token_id, created_at=now, updated_at=now,
                 offers={
-                    name: _unoffered(release, artefact, soak_s=order.soak_s, window=order.window)
+                    name: _unoffered(release, artefact, placed.choices[name], soak_s=order.soak_s, window=order.window)
                     for name, artefact in placed.chosen.items()
                 },
             )  # fmt: skip
@@ -226,7 +227,8 @@ class Rollouts:
             generation = self._fleet.change_wish(
                 session, device, row.model, DesiredModel.model_validate(document), actor=ENGINE
             )
-            offers[device_id] = {"model": document, "before": before, "generation": generation}
+            choice = offers[device_id].get("choice")
+            offers[device_id] = {"model": document, "before": before, "generation": generation, "choice": choice}
         row.offers = offers
 
     def _withdraw(self, session: Session, row: RolloutRow, device_ids: Sequence[str]) -> None:
@@ -287,11 +289,13 @@ class Rollouts:
 
     def _join_one(self, session: Session, row: RolloutRow, device: Device) -> None:
         release = catalogue.get_release(session, row.release)
-        artefact = place(self._blobs, release, [device]).chosen.get(device.device_id)
+        placed = place(self._blobs, release, [device])
+        artefact = placed.chosen.get(device.device_id)
         if artefact is None:
             return
         window = rollout.from_dict(row.state).terms.window
-        offer = _unoffered(release, artefact, soak_s=float(row.order["soak_s"]), window=window)
+        choice = placed.choices[device.device_id]
+        offer = _unoffered(release, artefact, choice, soak_s=float(row.order["soak_s"]), window=window)
         row.offers = {**row.offers, device.device_id: offer}
         audit.record(
             session, tenant=row.tenant, actor=ENGINE, action="rollout.join", subject=row.rollout_id,
@@ -344,7 +348,9 @@ def _heard(row: RolloutRow, device_id: str, model: ModelState | None, reported: 
     return rollout.Progressed(device_id, model.phase.value)
 
 
-def _unoffered(release: ReleaseRow, artefact: ArtefactRow, *, soak_s: float, window: Window | None) -> dict[str, Any]:
+def _unoffered(
+    release: ReleaseRow, artefact: ArtefactRow, choice: Choice, *, soak_s: float, window: Window | None
+) -> dict[str, Any]:
     model = DesiredModel(
         name=release.name,
         version=release.version,
@@ -355,7 +361,7 @@ def _unoffered(release: ReleaseRow, artefact: ArtefactRow, *, soak_s: float, win
         soak_s=soak_s,
         window=window,
     )
-    return {"model": model.model_dump(mode="json", exclude_none=True), "before": None}
+    return {"model": model.model_dump(mode="json", exclude_none=True), "before": None, "choice": choice.reason}
 
 
 def _wish_of(device: Device, model: str) -> dict[str, Any] | None:

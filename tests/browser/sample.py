@@ -102,6 +102,21 @@ def _deliveries() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _fits() -> list[dict[str, Any]]:
+    """What the devices would get, as the resolver says it."""
+    runs = "runs: none of 16 rules objects"
+    needs = "needs processor features avx512_vnni, here are all but avx512_vnni"
+    return [
+        {"device_id": "dock-camera-1", "target": None, "rule": "contrib_operator", "online": True, "verdicts": {},
+         "reason": "jetson-orin uses operator com.microsoft.GroupQueryAttention[qk_norm], which exists in "
+         "CUDAExecutionProvider from 1.32, WebGpuExecutionProvider from 1.32; here are CPUExecutionProvider of 1.23.2"},
+        {"device_id": "gate-box-2", "target": "cpu-x86", "rule": "every_rule", "online": True, "verdicts": {},
+         "reason": f"cpu-x86 {runs}; wanted more: cpu-x86-int8 {needs}"},
+        {"device_id": "till-17", "target": "cpu-x86-int8", "rule": "every_rule", "online": False, "verdicts": {},
+         "reason": f"cpu-x86-int8 {runs}"},
+    ]  # fmt: skip
+
+
 def _webhook() -> dict[str, Any]:
     """A webhook with its newest delivery."""
     return {"webhook_id": "hook-1", "url": "https://example.org/foreshore", "actions": ["rollout.*", "device.revoke"],
@@ -170,6 +185,11 @@ def sample_app() -> FastAPI:
     def deliveries(webhook_id: str, request: Request) -> dict[str, Any]:
         check(request)
         return {"items": _deliveries(), "next": None}
+
+    @app.get("/api/v1/models/{name}/compatibility")
+    def compatibility(name: str, request: Request) -> dict[str, Any]:
+        check(request)
+        return {"name": name, "version": "1.1.0", "items": _fits(), "next": None}
 
     @app.get("/api/v1/{table}")
     def listing(table: str, request: Request) -> dict[str, Any]:
