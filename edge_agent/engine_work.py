@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -35,6 +36,7 @@ from edge_agent.updates import Device, Update
 from edge_agent.verify import RefusedError
 from model_registry.compatibility import EngineFacts, facts_of, key_of, resolve_engine
 from model_registry.compatibility.hardware_key import parse_key
+from model_registry.engine_faults import ENGINE_FAULTS
 from model_registry.manifest import EngineBuild, parse_engine_build, sha256
 from wire.errors import ForeshoreError, IntegrityError, NotFoundError, TimedOutError, UnavailableError
 from wire.messages import ModelState
@@ -68,15 +70,19 @@ class EngineWork:
         self._device, self._settings, self._connect = device, settings, connect
         self._updates, self._is_online, self._alarm = updates, is_online, alarm
         self._shelf = EngineShelf(device.home.store / "engines")
-        self._notes: dict[str, str] = {}
+        self._notes: dict[str, tuple[str, str]] = {}  # by model: the artefact, and what there is to say
         self._documents: dict[str, EngineBuild] = {}  # by model: the engine that answers
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def described(self, state: ModelState) -> ModelState:
         """A model's report with what is known of its engine."""
-        built = self._documents.get(state.name)
+        built, (manifest, note) = self._documents.get(state.name), self._notes.get(state.name, ("", ""))
+        is_of_engine = built is not None and built.manifest == state.active_manifest
         return state.model_copy(
-            update={"engine": built.engine if built else None, "engine_note": self._notes.get(state.name)}
+            update={
+                "engine": built.engine if built is not None and is_of_engine else None,
+                "engine_note": note if manifest == state.active_manifest else None,
+            }
         )
 
     async def run(self) -> None:
@@ -84,7 +90,10 @@ class EngineWork:
         self._loop = asyncio.get_running_loop()
         while True:
             for name in sorted(self._device.engines.active()):
-                await self._use(name)
+                try:
+                    await self._use(name)
+                except Exception as error:  # noqa: BLE001 - top of the task: told, and tried again the next time
+                    self._alarm(name, f"engine: {type(error).__name__}: {error}")
             if self._why_not_build() is None:
                 await self._build_one()
             await asyncio.sleep(self._settings.poll_s)
@@ -116,10 +125,10 @@ class EngineWork:
         except (UnavailableError, NotFoundError):
             return  # asked again the next time; what runs goes on
         except ForeshoreError as error:
-            if built is not None:
+            if built is not None and error.code in ENGINE_FAULTS:
                 self._shelf.refuse(built.digest, f"{error.code}: {error}")
             await self._tell(offer, error)
-            self._note(name, f"{error.code}: {error}")
+            self._note(name, active.slot.manifest, f"{error.code}: {error}")
 
     async def _ask(self, manifest: str) -> EngineOffer | None:
         if not self._is_online():
@@ -213,7 +222,7 @@ class EngineWork:
         def fell(reason: str) -> None:
             self._shelf.refuse(built.digest, reason)
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._fallen, name, reason)
+                self._loop.call_soon_threadsafe(self._fallen, name, built.manifest, reason)
 
         opened = await asyncio.to_thread(open_engine, self._settings, self._shelf.path(built.digest))
         runtime = EngineRuntime(opened, open_portable, fell)
@@ -229,9 +238,9 @@ class EngineWork:
         self._changed(name)
         await asyncio.to_thread(self._shelf.keep, {e.slot.manifest for e in device.engines.loaded()} | device.held())
 
-    def _fallen(self, name: str, reason: str) -> None:
+    def _fallen(self, name: str, manifest: str, reason: str) -> None:
         self._documents.pop(name, None)
-        self._note(name, reason)
+        self._note(name, manifest, reason)
 
     async def _tell(self, offer: EngineOffer | None, error: ForeshoreError | None) -> None:
         """Answer the control plane that had this device prove an engine."""
@@ -276,7 +285,8 @@ class EngineWork:
                 outcome = builder.work_once()
             if outcome is not None and outcome.error is not None:
                 sentence = f"{outcome.error.code}: {outcome.error}"
-                loop.call_soon_threadsafe(self._note, outcome.lease.model, f"build of an engine: {sentence}")
+                lease = outcome.lease
+                loop.call_soon_threadsafe(self._note, lease.model, lease.manifest, f"build of an engine: {sentence}")
 
         with contextlib.suppress(ForeshoreError):  # not reachable, or refused: asked again the next time
             await asyncio.to_thread(work)
@@ -289,7 +299,10 @@ class EngineWork:
         places = {"graph": self._device.store.files(lease.manifest) / manifest.entry, "engine": engine}
         command = ["nice", "-n", "10", *(part.format(**places) for part in self._settings.build or [])]
         until = time.monotonic() + self._settings.build_timeout_s
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as run:
+        with (
+            tempfile.TemporaryFile() as output,
+            subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as run,
+        ):
             try:
                 while run.poll() is None:
                     going_on()
@@ -298,7 +311,9 @@ class EngineWork:
                     time.sleep(BUILD_LOOK_S)
             finally:
                 _end(run)
-            said = (run.stdout.read() if run.stdout else b"").decode(errors="replace")[-MAX_OUTPUT_CHARS:]
+            output.seek(0, os.SEEK_END)
+            output.seek(max(0, output.tell() - MAX_OUTPUT_CHARS))
+            said = output.read().decode(errors="replace")
         if run.returncode != 0 or not engine.is_file() or engine.stat().st_size == 0:
             raise EngineBuildError(f"the builder ended with {run.returncode}: {said}", remedy="see its output")
 
@@ -310,9 +325,9 @@ class EngineWork:
             raise NotFoundError("this device has no hardware key", remedy="state compute_capability in the profile")
         return str(key)
 
-    def _note(self, name: str, note: str) -> None:
-        if self._notes.get(name) != note[:2000]:
-            self._notes[name] = note[:2000]
+    def _note(self, name: str, manifest: str, note: str) -> None:
+        if self._notes.get(name) != (manifest, note[:2000]):
+            self._notes[name] = (manifest, note[:2000])
             self._alarm(name, note[:2000])
             self._changed(name)
 

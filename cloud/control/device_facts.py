@@ -12,7 +12,9 @@ from typing import Any
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from cloud.control.placement import hardware_of
 from cloud.control.tables import Device, DeviceFact
+from model_registry.compatibility import key_of
 
 LABEL = "label."
 NUMBERS = {"memory": "memory_bytes", "budget": "memory_budget_bytes", "context": "max_context_tokens"}
@@ -30,6 +32,9 @@ def _facts(reported: Mapping[str, Any], hardware: Mapping[str, Any], labels: Map
     for name in ("profile", "architecture", "accelerator"):
         if hardware.get(name):
             yield name, str(hardware[name]), None
+    key = key_of(hardware_of(hardware))
+    if key is not None:
+        yield "key", str(key), None
     for target in hardware.get("targets") or ():
         yield "target", str(target), None
     for feature in hardware.get("cpu_features") or ():

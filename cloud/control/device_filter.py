@@ -25,7 +25,7 @@ from wire.errors import InvalidInputError
 MAX_CHARS = 1000
 MAX_TERMS = 100
 MAX_DEPTH = 20
-FIELDS = ("device", "online", "profile", "target", "architecture", "accelerator", "feature", "runtime", "memory",
+FIELDS = ("device", "online", "profile", "target", "key", "architecture", "accelerator", "feature", "runtime", "memory",
           "budget", "context", "agent", "runs", "label.NAME")  # fmt: skip
 COMPARED = frozenset({"memory", "budget", "context", "agent"})
 ORDERINGS: dict[str, Callable[[SQLColumnExpression[float | None], float], ColumnElement[bool]]] = {

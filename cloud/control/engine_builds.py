@@ -23,12 +23,13 @@ from cloud.control.database import Database, announce
 from cloud.control.engine_views import shown
 from cloud.control.identity import Principal, Role, new_id
 from cloud.control.placement import hardware_of, read_facts
-from cloud.control.tables import Device, EngineBuildRow
+from cloud.control.tables import Device, DeviceFact, EngineBuildRow
 from cloud.control.trust import Trust, listed_in
 from model_registry import catalogue
 from model_registry.blobs import BlobStore
 from model_registry.compatibility import key_of, resolve_build
 from model_registry.compatibility.hardware_key import parse_key
+from model_registry.engine_faults import ENGINE_FAULTS
 from model_registry.manifest import EngineBuild
 from model_registry.trust.repository import Repository
 from model_registry.trust.roles import release_path
@@ -269,17 +270,17 @@ class EngineBuilds:
     def _end_attempt(self, session: Session, row: EngineBuildRow, code: str, reason: str) -> None:
         """An attempt came to nothing: the engine it made, if any, is taken back, and it is queued again, or failed."""
         now = datetime.now(UTC)
-        was_lost_while_proving = row.state == "proving" and code in ("builder_lost", "timed_out")
+        is_of_the_device = row.state == "proving" and code not in ENGINE_FAULTS
         ended = {"who": row.holder, "state": row.state, "code": code, "reason": reason[:2000], "at": now.isoformat()}
         row.history = [*row.history, ended][-MAX_HISTORY:]
         row.reason, row.updated_at = f"{code}: {reason}"[:2000], now
         row.attempts -= int(code == BUILD_STOPPED)  # it had better things to do: that says nothing against the build
         _record(session, row, "engine.attempt_failed", {"code": code, "reason": reason[:500], "by": row.holder})
-        if not was_lost_while_proving:  # silence says nothing about the engine: another device tries it
+        if not is_of_the_device:
             row.document = row.document_digest = None
             catalogue.remove_references(session, row.tenant, row.build_id)
             row.state = "queued" if row.attempts < MAX_ATTEMPTS else "failed"
-        elif len(row.history) >= MAX_HISTORY:
+        elif len(row.history) >= MAX_HISTORY:  # else another device tries it: nothing was said about the engine
             row.state = "failed"
         _free(row)
         _tell(session, row)
@@ -289,12 +290,12 @@ class EngineBuilds:
         before = {one["who"] for one in row.history} | ({last} if last else set())
         if holder not in before:
             return False
-        query = select(Device).where(Device.tenant == row.tenant, Device.revoked_at.is_(None), Device.online.is_(True))
+        is_same = (DeviceFact.tenant == Device.tenant) & (DeviceFact.device_id == Device.device_id)
+        query = select(Device).join(DeviceFact, is_same)
+        query = query.where(DeviceFact.name == "key", DeviceFact.value == row.hardware_key)
+        query = query.where(Device.tenant == row.tenant, Device.revoked_at.is_(None), Device.online.is_(True))
         others = (one for one in session.scalars(query) if f"device:{one.device_id}" not in before)
-        return any(
-            str(key_of(hardware_of(one.hardware or {}))) == row.hardware_key and _runs(one, row.manifest)
-            for one in others
-        )
+        return any(_runs(one, row.manifest) for one in others)
 
 
 def _runs(device: Device, manifest: str) -> bool:
