@@ -32,9 +32,9 @@ def _facts(reported: Mapping[str, Any], hardware: Mapping[str, Any], labels: Map
     for name in ("profile", "architecture", "accelerator"):
         if hardware.get(name):
             yield name, str(hardware[name]), None
-    key = key_of(hardware_of(hardware))
-    if key is not None:
-        yield "key", str(key), None
+    hardware_key = key_of(hardware_of(hardware))
+    if hardware_key is not None:
+        yield "key", str(hardware_key), None
     for target in hardware.get("targets") or ():
         yield "target", str(target), None
     for feature in hardware.get("cpu_features") or ():

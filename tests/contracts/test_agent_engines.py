@@ -153,14 +153,8 @@ def test_a_listed_engine_is_proven_used_and_left_when_it_fails(
     assert left.get("engine") is None
     wait_until(lambda: any("CUDA error 719" in str(e["body"]) for e in plane.events), "an alarm says so")
     print(f"\nanswered by ONNX Runtime {answered_s:.3f} s after the engine failed")  # noqa: T201 - the figure
-    simulation.fault("")
-    agent.stop()
-    plane.reported.clear()
     num_opened = len(simulation.opened)
-    agent.start()
-    plane.await_model(lambda m: m.get("runtime") == "onnxruntime")
-    assert agent.scale() == 2.0
-    time.sleep(1)
+    time.sleep(1)  # several looks for an engine
     assert len(simulation.opened) == num_opened, "it is not tried again"
 
 
