@@ -31,6 +31,13 @@ def group() -> None:
     """Engines by hardware key."""
 
 
+@engines_app.callback(invoke_without_command=True)
+def engines(context: typer.Context) -> None:
+    """Engines by hardware key: list them, sign them."""
+    if context.invoked_subcommand is None:
+        list_engines(context)
+
+
 @engines_app.command("list")
 def list_engines(
     context: typer.Context, url: Url = None, token_file: TokenFile = None, as_json: AsJson = False

@@ -84,11 +84,13 @@ class Bench:
         return found[0]
 
     def sign(self, tmp_path: Path) -> str:
-        """As a person does."""
+        """As a person does, who looks first."""
         environment = {"FORESHORE_URL": self.control.url,
                        "FORESHORE_TOKEN_FILE": str(self.control.home / "tokens" / "admin")}  # fmt: skip
         folder = self.control.home / "offline"
         words = ["engines", "sign", "--yes", "--folder", str(folder), "--json"]
+        listed = CliRunner().invoke(app, ["engines"], env=environment)
+        assert f"{self.name}  {ORIN_KEY}" in listed.output or "tensorrt-rtx" in listed.output, listed.output
         result = CliRunner().invoke(app, words, env=environment)
         assert result.exit_code == 0, (result.output, result.exception)
         return result.output
