@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from edge_agent.agent import Agent
 from edge_agent.cloud import Cloud
-from edge_agent.local_api import inference, openai
+from edge_agent.local_api import embeddings, inference, openai
 from edge_agent.local_api.context import Context
 from wire.errors import ForeshoreError, InvalidInputError
 
@@ -24,6 +24,7 @@ def create_app(agent: Agent, cloud: Cloud) -> FastAPI:
     context = Context(agent, cloud)
     app.include_router(openai.router(context))
     app.include_router(inference.router(context))
+    app.include_router(embeddings.router(context))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -44,6 +45,7 @@ def create_app(agent: Agent, cloud: Cloud) -> FastAPI:
         figures.waiting.set(agent.admission.num_waiting)
         figures.memory.set(agent.engines.used_bytes)
         figures.online.set(agent.is_online)
+        figures.cache.set(sum(engine.runtime.memory().cache_bytes for engine in agent.engines.loaded()))
         return Response(generate_latest(figures.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ForeshoreError)

@@ -39,6 +39,9 @@ class Metrics:
         self.running = Gauge("foreshore_agent_num_requests_running", "Generations now", registry=self.registry)
         self.waiting = Gauge("foreshore_agent_num_requests_waiting", "Generations queued", registry=self.registry)
         self.memory = Gauge("foreshore_agent_models_memory_bytes", "Memory of loaded models", registry=self.registry)
+        self.cache = Gauge(
+            "foreshore_agent_models_cache_bytes", "Keys and values of running streams", registry=self.registry
+        )
         self.online = Gauge(
             "foreshore_agent_broker_connected", "1 when the broker is reachable", registry=self.registry
         )

@@ -163,7 +163,9 @@ def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | L
         return load_language(folder, _limits(manifest, profile))
     from edge_agent.runtimes.onnxruntime_tensor import OnnxRuntimeTensor
 
-    return OnnxRuntimeTensor(files / manifest.entry, profile.providers, profile.num_threads)
+    return OnnxRuntimeTensor(
+        files / manifest.entry, profile.providers, profile.num_threads, hardware_key=profile.hardware_key
+    )
 
 
 def generate(runtime: LanguageRuntime, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:

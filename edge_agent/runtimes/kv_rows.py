@@ -56,6 +56,10 @@ class KvRows:
         """Bytes of one token of one stream over all buffers."""
         return self.shape.token_bytes * len(self._array_by_name)
 
+    def array(self, name: str) -> Array:
+        """A buffer: [rows, heads, capacity, head_size]."""
+        return self._array_by_name[name]
+
     def pointer(self, name: str, row: int) -> int:
         """Address of a row."""
         return int(self._array_by_name[name].ctypes.data) + row * self.row_bytes
@@ -77,7 +81,7 @@ class KvRows:
 
 
 def _pages(num_bytes: int) -> mmap.mmap:
-    pages = mmap.mmap(-1, num_bytes)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return pages
