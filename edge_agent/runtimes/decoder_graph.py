@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import onnxruntime
 
+from edge_agent.runtimes.adapters import read_adapters
 from edge_agent.runtimes.base import Array
 from edge_agent.runtimes.decoder_names import MASK, POSITIONS, TOKENS, past_names
 from edge_agent.runtimes.growing_graph import GrowingGraph
@@ -69,6 +70,7 @@ def make_graph(session: Any, settings: LanguageSettings, num_rows: int, context_
             f"the graph is no plain decoder: inputs {', '.join(unknown) or 'without a cache'}",
             remedy="export it with explicit keys and values, or build it for ONNX Runtime GenAI",
         )
+    extra = read_adapters(settings.graph_file.parent, session)
     if settings.shares_buffer and POSITIONS not in names and MASK in names:
-        return SharedGraph(session, settings, num_rows, context_tokens)
-    return GrowingGraph(session, settings, num_rows)
+        return SharedGraph(session, settings, num_rows, context_tokens, extra)
+    return GrowingGraph(session, settings, num_rows, extra)

@@ -5,7 +5,7 @@ Every call returns a longer cache; rows decode one after the other, since their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,8 @@ from edge_agent.runtimes.language_settings import LanguageSettings
 class GrowingGraph:
     """Every row has arrays of its own that each call replaces."""
 
-    def __init__(self, session: Any, settings: LanguageSettings, num_rows: int) -> None:
-        self._session = session
+    def __init__(self, session: Any, settings: LanguageSettings, num_rows: int, extra: Mapping[str, Array]) -> None:
+        self._session, self._extra = session, extra
         self._past, self._present = past_names(settings), present_names(settings)
         shape = kv_shape(session, settings)
         self._empty = np.zeros((1, shape.num_heads, 0, shape.head_size), shape.dtype)
@@ -67,7 +67,7 @@ class GrowingGraph:
         self, row: int, tokens: Sequence[int], num_past: int, outputs: list[str], options: Any = None
     ) -> list[Array]:
         past = self._cache_by_row[row] if num_past else [self._empty] * len(self._past)
-        feeds = dict(zip(self._past, past, strict=True)) | {TOKENS: np.asarray([tokens], np.int64)}
+        feeds = dict(zip(self._past, past, strict=True)) | {TOKENS: np.asarray([tokens], np.int64), **self._extra}
         if MASK in self._inputs:
             feeds[MASK] = np.ones((1, num_past + len(tokens)), np.int64)
         if POSITIONS in self._inputs:

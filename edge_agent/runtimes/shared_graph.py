@@ -6,7 +6,7 @@ from there, and rotary positions with it). A set of rows is bound once: its cach
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,15 @@ from edge_agent.runtimes.language_settings import LanguageSettings
 class SharedGraph:
     """Past and present are the same rows."""
 
-    def __init__(self, session: Any, settings: LanguageSettings, num_rows: int, context_tokens: int) -> None:
-        self._session = session
+    def __init__(
+        self,
+        session: Any,
+        settings: LanguageSettings,
+        num_rows: int,
+        context_tokens: int,
+        extra: Mapping[str, Array],
+    ) -> None:
+        self._session, self._extra = session, extra
         self._present_by_past = dict(zip(past_names(settings), present_names(settings), strict=True))
         self._rows = KvRows(past_names(settings), kv_shape(session, settings), num_rows, context_tokens)
         outputs = {value.name: value for value in session.get_outputs()}
@@ -96,6 +103,8 @@ class SharedGraph:
             binding = self._session.io_binding()
             shape = (num_rows, self._rows.shape.num_heads, self._rows.capacity, self._rows.shape.head_size)
             dtype = np.dtype(self._rows.shape.dtype)
+            for name, value in self._extra.items():
+                binding.bind_cpu_input(name, value)
             for past, present in self._present_by_past.items():
                 pointer = self._rows.pointer(past, row)
                 binding.bind_input(past, "cpu", 0, dtype, shape, pointer)
