@@ -1,5 +1,5 @@
-"""How hot the device is, what it draws and whether it is slowed down, as the system tells: the kernel's thermal zones and
-power meters (`/sys`, which is also where a Jetson keeps its own), and `nvidia-smi` where there is a GPU driver.
+"""How hot the device is, what it draws and whether it is slowed down, as the system tells: the kernel's thermal zones
+and power meters (`/sys`, where a Jetson keeps its own too), and `nvidia-smi` where there is a GPU driver.
 
 Reads only. What is not told is None and is held against nobody.
 """

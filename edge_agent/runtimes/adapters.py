@@ -34,7 +34,8 @@ def read_adapters(folder: Path, session: Any) -> dict[str, Array]:
 
 def _parameters(path: Path) -> dict[str, Array]:
     try:
-        values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        # copied while the adapter, whose memory the values show, is there
+        return {name: value.numpy().copy() for name, value in adapter.get_parameters().items()}
     except Exception as error:
         raise UnsupportedModelError(f"{path.name} is no adapter: {error}", remedy="make it again") from error
-    return {name: value.numpy() for name, value in values.items()}

@@ -186,8 +186,9 @@ class LanguageLoop:
 
     def _decode(self, streams: list[Stream]) -> None:
         logits = self._graph.decode([s.next_token for s in streams], [s.num_cached for s in streams])
-        for stream, row in zip(streams, logits, strict=True):
+        for stream in streams:  # all of them, before one that ends lets others move
             stream.num_cached += 1
+        for stream, row in zip(streams, logits, strict=True):
             self._choose(stream, row)
 
     def _choose(self, stream: Stream, logits: Array) -> None:

@@ -17,10 +17,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from tests.fakes.serving_models import save_tiny_model, save_tiny_tokenizer
+from tests.fakes.serving_models import SHAPE, save_tiny_tokenizer
 
 RANK = 4
 ADAPTER = ("lora_a", "lora_b")
@@ -52,8 +53,11 @@ class _Explicit(torch.nn.Module):
 
 
 def tiny_source(folder: Path) -> Any:
-    """A random Llama in `folder` with its tokenizer; returns the model."""
-    save_tiny_tokenizer(save_tiny_model(folder))
+    """A random Llama in `folder` with its tokenizer; returns the model. Head size 16 suits ONNX Runtime's attention."""
+    torch.manual_seed(0)
+    shape = {**SHAPE, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(folder)
+    save_tiny_tokenizer(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
