@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge_agent.local_api.context import Context
@@ -31,10 +33,11 @@ def router(context: Context) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/embeddings")
-    async def embeddings(body: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(body: EmbeddingRequest, request: Request) -> JSONResponse:
         texts = [body.input] if isinstance(body.input, str) else body.input
-        data, num_tokens = [], 0
-        agent = context.agent
+        data: list[dict[str, Any]] = []
+        num_tokens, begun, agent = 0, time.monotonic(), context.agent
+        decision = context.decide({**request.headers, "x-foreshore-privacy": "local-only"}, body.model, 0, 0)
         async with agent.engines.use(body.model) as engine, agent.admission.enter(QUEUE_TIMEOUT_S):
             if engine.manifest.kind != "language":
                 raise InvalidInputError(f"{body.model!r} is no language model", remedy="use /v2/models/NAME/infer")
@@ -46,7 +49,9 @@ def router(context: Context) -> APIRouter:
                 raw = base64.b64encode(vector.astype("<f4").tobytes()).decode()
                 value = vector.tolist() if body.encoding_format == "float" else raw
                 data.append({"object": "embedding", "index": index, "embedding": value})
+        context.finish(decision, {"total_s": time.monotonic() - begun})
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        return {"object": "list", "model": body.model, "data": data, "usage": usage}
+        answer = {"object": "list", "model": body.model, "data": data, "usage": usage}
+        return JSONResponse(answer, headers=context.answer_headers(decision, "device", engine))
 
     return routes

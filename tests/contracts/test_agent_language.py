@@ -71,3 +71,21 @@ def test_every_answer_says_where_and_why(agent: AgentProcess) -> None:
     record = httpx.get(f"{agent.url}/decisions/{answers[0].headers['x-foreshore-decision']}").json()
     assert record["chosen"] == "device"
     assert record["actual"]["tokens"] == 4.0
+
+
+def test_json_is_followed_and_embeddings_are_refused_by_a_model_without_hidden_states(agent: AgentProcess) -> None:
+    with openai.OpenAI(base_url=f"{agent.url}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": "chat", "messages": [{"role": "user", "content": "Invent a person."}], "max_tokens": 40}
+        schema = {
+            "type": "object",
+            "properties": {"age": {"type": "integer", "maximum": 120}},
+            "required": ["age"],
+            "additionalProperties": False,
+        }
+        kind = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+        answer = client.chat.completions.create(**asked, temperature=0, response_format=kind)
+        assert set(json.loads(answer.choices[0].message.content)) == {"age"}
+        with pytest.raises(openai.BadRequestError, match="no schema to follow"):
+            client.chat.completions.create(**asked, response_format={"type": "xml"})
+        with pytest.raises(openai.BadRequestError, match="hidden states"):
+            client.embeddings.create(model="chat", input="a text")
