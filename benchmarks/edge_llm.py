@@ -75,7 +75,7 @@ def run(quick: bool) -> dict[str, float]:
     from tests.fakes.language_artefact import built_language_model
 
     folder = built_language_model()
-    num_rounds = 2 if quick else 5
+    num_rounds = 3 if quick else 7
     cases = [
         Case("prefill", 1, PROMPT_TOKENS, 2),
         Case("decode_1", 1, DECODE_PROMPT_TOKENS, 32 if quick else 96),

@@ -209,7 +209,7 @@ class LanguageLoop:
         elif stream.num_tokens == stream.sampling.max_tokens:
             self._end(stream, Piece(token, text + stream.text.flush(), "length"))
         else:
-            stream.deliver(Piece(token, text))
+            self._deliver(stream, Piece(token, text))
 
     def _end(self, stream: Stream, last: Piece | Exception) -> None:
         if stream is self._batch.prefilling or any(stream is other for other in self._batch.decoding):
@@ -217,7 +217,14 @@ class LanguageLoop:
             for move in moves:
                 self._graph.move(move.source, move.target, self._cached_in(move.target))
             self._graph.free(free_row)
-        stream.deliver(last)
+        self._deliver(stream, last)
+
+    def _deliver(self, stream: Stream, piece: Piece | Exception) -> None:
+        """A listener that fails ends its own stream and no other one."""
+        try:
+            stream.deliver(piece)
+        except Exception:  # noqa: BLE001 - there is nobody left to tell
+            stream.is_cancelled = True
 
     def _cached_in(self, row: int) -> int:
         """Tokens of the stream that now has `row`."""

@@ -12,6 +12,7 @@ import pytest
 
 from edge_agent.runtimes.base import LanguageLimits, LanguageRuntime, Piece, Sampling, generate
 from edge_agent.runtimes.decoder_graph import make_graph, open_session
+from edge_agent.runtimes.genai_language import GenaiLanguage
 from edge_agent.runtimes.language import load_language
 from edge_agent.runtimes.language_settings import read_settings
 from tests.fakes.language_artefact import built_language_model
@@ -152,3 +153,38 @@ def test_an_unloaded_model_tells_its_streams() -> None:
     runtime.close()
     assert isinstance(running.error, UnavailableError)
     assert isinstance(waiting.error, UnavailableError)
+
+
+def test_a_listener_that_fails_ends_its_own_stream_only(runtime: LanguageRuntime) -> None:
+    def broken(piece: Piece | Exception) -> None:
+        raise RuntimeError("nobody listens")
+
+    runtime.start(runtime.encode("Once upon a time"), Sampling(max_tokens=500, repetition_penalty=1.2), broken)
+    assert "Paris" in text_of(runtime, "The capital of France is", Sampling(max_tokens=4))
+    assert runtime.memory().num_streams == 0
+
+
+def test_models_that_only_genai_runs_keep_the_same_promises() -> None:
+    folder = built_language_model()
+    limits = LanguageLimits(context_tokens=256)
+    runtime = GenaiLanguage(folder, read_settings(folder), limits)
+    prompt = runtime.encode("One, two, three, four,")
+    assert text_of(runtime, "The capital of France is", Sampling(max_tokens=3)).startswith(" Paris")
+    assert text_of(runtime, "One, two, three, four,", Sampling(20, stop=("eight",))).rstrip().endswith("seven,")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    sampling = Sampling(max_tokens=40, json_schema=json.dumps(schema))
+    assert set(json.loads("".join(piece.text for piece in generate(runtime, prompt, sampling)))) == {"a"}
+    listener = Listener()
+    cancel = runtime.start(prompt, Sampling(max_tokens=200, repetition_penalty=1.2), listener)
+    assert listener.has_begun.wait(WAIT_S)
+    cancel()
+    assert listener.has_ended.wait(WAIT_S)
+    assert listener.pieces[-1].finish_reason == "cancelled"
+    tokens = [piece.token for piece in generate(runtime, prompt, Sampling(max_tokens=6))]
+    assert runtime.agreement(prompt, tokens) == 1.0
+    runtime.close()
