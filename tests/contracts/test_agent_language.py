@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from edge_agent.trial import resident_bytes
 from tests.fakes.agent_plane import AgentProcess, Plane
 from tests.fakes.language_artefact import built_language_model
 
@@ -89,3 +90,10 @@ def test_json_is_followed_and_embeddings_are_refused_by_a_model_without_hidden_s
             client.chat.completions.create(**asked, response_format={"type": "xml"})
         with pytest.raises(openai.BadRequestError, match="hidden states"):
             client.embeddings.create(model="chat", input="a text")
+
+
+def test_the_whole_agent_stays_within_twice_the_artefact_and_200_mb(agent: AgentProcess) -> None:
+    body = {"model": "chat", "prompt": "word " * 400, "max_tokens": 8, "temperature": 0}
+    assert httpx.post(f"{agent.url}/v1/completions", json=body, timeout=120).status_code == 200
+    artefact_bytes = sum(path.stat().st_size for path in built_language_model().iterdir())
+    assert resident_bytes(agent.pid, "VmRSS") <= 2 * artefact_bytes + 200 * 1024 * 1024
