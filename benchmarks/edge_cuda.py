@@ -1,9 +1,10 @@
 """ONNX Runtime's CUDA provider on a device: each artefact gives there what it gives on the CPU, and how fast it is.
 
 MobileNetV2 as fp32, fp16 and int8 Q/DQ (signed, for GPUs), batch 1 and 32, with and without CUDA graphs; inputs are the
-golden photographs, shifted and mirrored. Which scheme keeps the accuracy is the compiler's question. `--device cpu`
-runs the same code on the CPU provider, which proves the script, not the speed. `scripts/edge-gpu-check` prepares the
-files (`prepare`) and runs this where the GPU is.
+golden photographs, shifted and mirrored. Outputs are compared without TF32, latencies are with it. int8 has no goal:
+this provider does not fuse Q/DQ pairs, so it is slower than fp16 and rounds otherwise than a CPU's integer kernels.
+`--device cpu` runs the same code on the CPU provider, which proves the script, not the speed. `scripts/edge-gpu-check`
+prepares the files (`prepare`) and runs this where the GPU is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ DEVICES = ("cpu", "cuda")
 GOALS = [
     Goal("fp32_top1_agreement", 0.99, ">="),
     Goal("fp16_top1_agreement", 0.99, ">="),
-    Goal("int8_top1_agreement", 0.97, ">="),
     Goal("fp16_speedup_vs_int8", 1.0, ">="),
     Goal("num_on_device", 3, ">="),
 ]
@@ -43,7 +43,8 @@ def run(quick: bool, device: str = "cpu") -> dict[str, float]:
         session = _session(FOLDER / f"{scheme}.onnx", device)
         figures["num_on_device"] += session.get_providers()[0] == PROVIDER_BY_DEVICE[device]
         wanted = _outputs(_session(FOLDER / f"{scheme}.onnx", "cpu"), inputs)
-        got = _outputs(session, inputs)
+        exact = _session(FOLDER / f"{scheme}.onnx", device, {"use_tf32": "0"} if device == "cuda" else None)
+        got = _outputs(exact, inputs)
         figures[f"{scheme}_top1_agreement"] = float(np.mean(got.argmax(-1) == wanted.argmax(-1)))
         figures[f"{scheme}_cosine"] = float(
             np.mean(np.sum(got * wanted, -1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(wanted, axis=-1))
@@ -51,8 +52,8 @@ def run(quick: bool, device: str = "cpu") -> dict[str, float]:
         for batch in BATCHES:
             figures[f"{scheme}_batch_{batch}_ms"] = _latency_ms(session, device, batch, num_runs)
         if device == "cuda":
-            graph = _session(FOLDER / f"{scheme}.onnx", device, {"enable_cuda_graph": "1"})
-            figures[f"{scheme}_graph_batch_1_ms"] = _latency_ms(graph, device, 1, num_runs)
+            graph_ms = _graph_ms(FOLDER / f"{scheme}.onnx", num_runs)
+            figures |= {} if graph_ms is None else {f"{scheme}_graph_batch_1_ms": graph_ms}
     figures["fp16_speedup_vs_int8"] = figures["int8_batch_1_ms"] / figures["fp16_batch_1_ms"]
     return figures
 
@@ -99,7 +100,17 @@ def _photographs() -> Array:
     return np.concatenate([*shifted, *(part[..., ::-1] for part in shifted)])
 
 
-def _session(path: Path, device: str, settings: dict[str, str] | None = None) -> Any:
+def _graph_ms(path: Path, num_runs: int) -> float | None:
+    """Latency as one CUDA graph; None where a node must stay on the CPU. A fixed batch folds shape arithmetic away."""
+    try:
+        session = _session(path, "cuda", {"enable_cuda_graph": "1"}, batch=1)
+        return _latency_ms(session, "cuda", 1, num_runs)
+    except Exception as error:  # noqa: BLE001 - a graph that cannot be captured is a finding, not a failure
+        print(f"{path.name} does not run as a CUDA graph: {str(error)[-160:]}", file=sys.stderr)
+        return None
+
+
+def _session(path: Path, device: str, settings: dict[str, str] | None = None, batch: int | None = None) -> Any:
     import onnxruntime
 
     if device == "cuda":
@@ -108,6 +119,8 @@ def _session(path: Path, device: str, settings: dict[str, str] | None = None) ->
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
     providers: list[Any] = [(PROVIDER_BY_DEVICE[device], settings or {})]
     if device != "cpu":
         providers.append("CPUExecutionProvider")
