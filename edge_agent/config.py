@@ -67,6 +67,7 @@ class Profile(_Config):
     providers: list[str] = Field(default_factory=list)  # most wanted first; the CPU is always last
     accelerator: str | None = None
     engine: EngineSettings | None = None
+    power_budget_w: Annotated[float, Field(gt=0)] | None = None  # above it, requests rather go to the cloud
     hardware_key: str | None = None  # what engines built for one kind of device must match
     reconnect_max_s: Annotated[float, Field(gt=0, le=300)] = 5.0
     fetch_stall_s: Annotated[float, Field(gt=0, le=300)] = 5.0

@@ -10,20 +10,22 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from edge_agent.agent import Agent
+from edge_agent.climate import ClimateWatch
 from edge_agent.cloud import Cloud
-from edge_agent.local_api import inference, openai
+from edge_agent.local_api import embeddings, inference, openai
 from edge_agent.local_api.context import Context
 from wire.errors import ForeshoreError, InvalidInputError
 
 MAX_BODY_BYTES = 8 << 20
 
 
-def create_app(agent: Agent, cloud: Cloud) -> FastAPI:
+def create_app(agent: Agent, cloud: Cloud, watch: ClimateWatch | None = None) -> FastAPI:
     """The application of one agent."""
     app = FastAPI(title="Foreshore agent", version="0.1.0", docs_url="/docs", redoc_url=None)
-    context = Context(agent, cloud)
+    context = Context(agent, cloud, watch or ClimateWatch())
     app.include_router(openai.router(context))
     app.include_router(inference.router(context))
+    app.include_router(embeddings.router(context))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -44,6 +46,11 @@ def create_app(agent: Agent, cloud: Cloud) -> FastAPI:
         figures.waiting.set(agent.admission.num_waiting)
         figures.memory.set(agent.engines.used_bytes)
         figures.online.set(agent.is_online)
+        climate = context.watch.climate
+        for gauge, value in ((figures.temperature, climate.hottest_c), (figures.power, climate.power_w)):
+            if value is not None:
+                gauge.set(value)
+        figures.cache.set(sum(engine.runtime.memory().cache_bytes for engine in agent.engines.loaded()))
         return Response(generate_latest(figures.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ForeshoreError)

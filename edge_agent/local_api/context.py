@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from typing import cast
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from edge_agent.agent import Agent
+from edge_agent.climate import Climate, ClimateWatch
 from edge_agent.cloud import Cloud
 from edge_agent.engines import Engine
 from edge_agent.offload import Request, Situation, choose
@@ -39,6 +41,11 @@ class Metrics:
         self.running = Gauge("foreshore_agent_num_requests_running", "Generations now", registry=self.registry)
         self.waiting = Gauge("foreshore_agent_num_requests_waiting", "Generations queued", registry=self.registry)
         self.memory = Gauge("foreshore_agent_models_memory_bytes", "Memory of loaded models", registry=self.registry)
+        self.cache = Gauge(
+            "foreshore_agent_models_cache_bytes", "Keys and values of running streams", registry=self.registry
+        )
+        self.temperature = Gauge("foreshore_agent_temperature_celsius", "Of the hottest zone", registry=self.registry)
+        self.power = Gauge("foreshore_agent_power_watts", "What the device draws, where told", registry=self.registry)
         self.online = Gauge(
             "foreshore_agent_broker_connected", "1 when the broker is reachable", registry=self.registry
         )
@@ -47,8 +54,9 @@ class Metrics:
 class Context:
     """One per agent."""
 
-    def __init__(self, agent: Agent, cloud: Cloud) -> None:
-        self.agent, self.cloud, self.metrics = agent, cloud, Metrics()
+    def __init__(self, agent: Agent, cloud: Cloud, watch: ClimateWatch) -> None:
+        self.agent, self.cloud, self.watch, self.metrics = agent, cloud, watch, Metrics()
+        self._renewing: asyncio.Task[Climate] | None = None
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
         self.tokens_per_s: dict[str, float] = {}
 
@@ -64,6 +72,7 @@ class Context:
         )
         engine = self.agent.engines.find(model)
         admission = self.agent.admission
+        climate = self._climate()
         situation = Situation(
             model_is_here=engine is not None,
             missing_reason=self._why_missing(model),
@@ -78,10 +87,22 @@ class Context:
             cloud_is_reachable=self.cloud.is_reachable,
             cloud_state_age_s=round(time.monotonic() - self.cloud.seen_at, 3),
             cloud_round_trip_s=round(self.cloud.round_trip_s, 4),
+            headroom_c=climate.headroom_c,
+            is_throttled=climate.is_throttled,
+            power_w=climate.power_w,
+            power_budget_w=self.agent.profile.power_budget_w,
+            on_battery=climate.on_battery,
+            battery_share=climate.battery_share,
         )
         decision = choose(request, situation, decision_id=uuid.uuid4().hex, now=datetime.now(UTC))
         self.remember(decision)
         return decision
+
+    def _climate(self) -> Climate:
+        """The last reading; an old one is renewed beside the request, for the next one."""
+        if self.watch.is_old and (self._renewing is None or self._renewing.done()):
+            self._renewing = asyncio.create_task(asyncio.to_thread(self.watch.renew), name="read-climate")
+        return self.watch.climate
 
     def remember(self, decision: Decision) -> None:
         """Keep the record, the oldest give way."""

@@ -7,11 +7,11 @@ A stream that fails after it began ends with an error event, never with `[DONE]`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Request
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edge_agent.engines import Engine
 from edge_agent.local_api.context import Context
-from edge_agent.runtimes.base import LanguageRuntime, Piece, Sampling
+from edge_agent.runtimes.base import STEP_TIMEOUT_S, LanguageRuntime, Piece, Sampling
 from wire.decision import Decision
 from wire.errors import ForeshoreError, InvalidInputError, UnavailableError
 
@@ -37,11 +37,14 @@ class _Common(BaseModel):
     max_tokens: Annotated[int | None, Field(ge=1, le=1 << 20)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    seed: int | None = None
+    top_k: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    seed: Annotated[int | None, Field(ge=0, lt=1 << 63)] = None
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     n: Annotated[int, Field(ge=1, le=1)] = 1
+    response_format: dict[str, Any] | None = None
 
     def sampling(self, max_tokens: int) -> Sampling:
         """How the device samples; OpenAI's default temperature is 1."""
@@ -50,9 +53,28 @@ class _Common(BaseModel):
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p or 1.0,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
             seed=self.seed,
             stop=tuple(part for part in stop if part)[:4],
+            json_schema=_json_schema(self.response_format),
         )
+
+
+def _json_schema(response_format: dict[str, Any] | None) -> str | None:
+    """The schema that an answer must match, as JSON text; raises `InvalidInputError` for another format."""
+    kind = (response_format or {}).get("type", "text")
+    if response_format is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    schema = (response_format.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
+    if not isinstance(schema, dict):
+        raise InvalidInputError(
+            f"response_format has type {kind!r} and no schema to follow",
+            remedy='send {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}',
+        )
+    return json.dumps(schema)
 
 
 class _Part(BaseModel):
@@ -271,27 +293,51 @@ async def _events(job: _Job, decision: Decision) -> AsyncGenerator[bytes, None]:
 
 
 async def _pieces(job: _Job, engine: Engine) -> AsyncIterator[Piece]:
-    """Run the blocking generator in a thread, one piece at a time; leaving early cancels it."""
+    """Pieces as the runtime delivers them; leaving early cancels the stream."""
     runtime = cast(LanguageRuntime, engine.runtime)
-    cancel = threading.Event()
     sampling = job.body.sampling(job.max_tokens())
-    pieces: Iterator[Piece] = runtime.generate(job.prompt, sampling, cancel)
+    mailbox = _Mailbox()
     begun = time.monotonic()
+    cancel = await asyncio.to_thread(runtime.start, job.prompt, sampling, mailbox.put)
     try:
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        finish_reason = None
+        while finish_reason is None:
+            piece = await mailbox.get()
+            finish_reason = piece.finish_reason
             job.num_tokens += piece.token >= 0
-            if piece.finish_reason in {"stop", "length"}:
+            if finish_reason in {"stop", "length"}:
                 engine.conduct.answered((time.monotonic() - begun) * 1000 / max(job.num_tokens, 1))
             yield piece
     except ForeshoreError:
         raise
-    except RuntimeError as error:
+    except Exception as error:
         engine.conduct.failed()
         raise UnavailableError(f"the model failed: {error}", remedy="try again") from error
     finally:
-        cancel.set()
+        cancel()
         if job.num_tokens > 1:
             job.context.tokens_per_s[job.body.model] = job.num_tokens / max(time.monotonic() - begun, 1e-6)
+
+
+class _Mailbox:
+    """From the runtime's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()  # bounded by max_tokens
+
+    def put(self, piece: Piece | Exception) -> None:
+        """From any thread; nobody listens any more once the agent has stopped."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, piece)
+
+    async def get(self) -> Piece:
+        """The next piece; raises what the stream ended with."""
+        async with asyncio.timeout(STEP_TIMEOUT_S):
+            piece = await self._arrived.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
 
 
 def _count(job: _Job, decision: Decision, place: str, outcome: str, first_s: float | None) -> None:

@@ -6,8 +6,8 @@ Neither numpy nor a runtime's package is imported before a model is loaded: an a
 from __future__ import annotations
 
 import importlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Array: TypeAlias = "npt.NDArray[Any]"
+STEP_TIMEOUT_S = 600.0
+"""Longest wait for one token; a stream that says nothing for so long is given up."""
 
 
 class NotFiniteError(ForeshoreError):
@@ -44,18 +46,45 @@ class Sampling:
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 50
+    top_k: int = 0  # 0: all
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None  # JSON text; the answer will match it
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token and the text it adds."""
+    """One token and the text it adds; the last one of a stream has a finish reason (stop, length, cancelled)."""
 
-    token: int
+    token: int  # -1: none, the stream was cancelled
     text: str
     finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a loaded model holds."""
+
+    weights_bytes: int  # size of its files
+    cache_bytes: int = 0  # keys and values of the streams that run, or reused buffers
+    num_streams: int = 0
+
+
+@dataclass(frozen=True)
+class LanguageLimits:
+    """What a device grants a language model."""
+
+    context_tokens: int
+    num_streams: int = 1
+    num_threads: int = 1
+    providers: tuple[str, ...] = ()
+
+
+Deliver: TypeAlias = Callable[[Piece | Exception], None]
+"""Takes the pieces of one stream, from any thread; an exception, like a finish reason, is the last thing it gets."""
+
+Cancel: TypeAlias = Callable[[], None]
 
 
 class TensorRuntime(Protocol):
@@ -68,6 +97,9 @@ class TensorRuntime(Protocol):
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] = ()) -> dict[str, Array]:
         """Outputs by name (all of them by default); wrong inputs raise `InvalidInputError`."""
+
+    def memory(self) -> Memory:
+        """What it holds."""
 
     def close(self) -> None:
         """Free the memory."""
@@ -86,14 +118,26 @@ class LanguageRuntime(Protocol):
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's own template, ready for the answer."""
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling, cancel: threading.Event) -> Iterator[Piece]:
-        """Pieces as they come; the last one has a finish reason. Blocking: call it in a thread."""
+    def start(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Cancel:
+        """Begin a stream and return at once; raises `InvalidInputError` for what can never run.
+
+        Streams that run at the same time share the model. The returned function ends this one within a step.
+        """
+
+    def embed(self, tokens: Sequence[int]) -> Array:
+        """A vector [hidden size] of length 1 for a text: the mean of the last hidden states. Blocking.
+
+        Raises `UnsupportedModelError` where the graph gives no hidden states.
+        """
 
     def agreement(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
         """Share of `tokens` that the model would have chosen itself, each after the true ones before it.
 
         Logits that are no numbers raise `NotFiniteError`.
         """
+
+    def memory(self) -> Memory:
+        """What it holds."""
 
     def close(self) -> None:
         """Free the memory."""
@@ -108,23 +152,46 @@ def import_runtime(manifest: Manifest) -> None:
 
 def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | LanguageRuntime:
     """Load an artefact with the runtime its manifest names. Blocking; the runtime's package is imported here."""
-    if manifest.runtime == "onnxruntime":
-        from edge_agent.runtimes.onnxruntime_tensor import OnnxRuntimeTensor
+    if manifest.runtime not in _MODULE_BY_RUNTIME:
+        raise UnsupportedModelError(
+            f"this agent has no runtime {manifest.runtime!r}", remedy="compile for a target with onnxruntime"
+        )
+    if manifest.kind == "language":
+        from edge_agent.runtimes.language import load_language
 
-        return OnnxRuntimeTensor(files / manifest.entry, profile.providers, profile.num_threads)
-    if manifest.runtime == "onnxruntime-genai":
-        from edge_agent.runtimes.genai_language import GenaiLanguage
+        folder = files if manifest.entry == "." else (files / manifest.entry).parent
+        return load_language(folder, _limits(manifest, profile))
+    from edge_agent.runtimes.onnxruntime_tensor import OnnxRuntimeTensor
 
-        limit = min(manifest.context_tokens or profile.max_context_tokens, profile.max_context_tokens)
-        return GenaiLanguage(files if manifest.entry == "." else (files / manifest.entry).parent, limit)
-    raise UnsupportedModelError(
-        f"this agent has no runtime {manifest.runtime!r}", remedy="compile for a target with onnxruntime"
+    return OnnxRuntimeTensor(
+        files / manifest.entry, profile.providers, profile.num_threads, hardware_key=profile.hardware_key
     )
+
+
+def generate(runtime: LanguageRuntime, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
+    """The pieces of one stream as they come. Blocking; leaving early cancels it."""
+    arrived: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+    cancel = runtime.start(prompt, sampling, arrived.put)
+    try:
+        while True:
+            piece = arrived.get(timeout=STEP_TIMEOUT_S)
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish_reason is not None:
+                return
+    finally:
+        cancel()
+
+
+def _limits(manifest: Manifest, profile: Profile) -> LanguageLimits:
+    context = min(manifest.context_tokens or profile.max_context_tokens, profile.max_context_tokens)
+    return LanguageLimits(context, profile.max_streams, profile.num_threads, tuple(profile.providers))
 
 
 _MODULE_BY_RUNTIME: Mapping[str, str] = {
     "onnxruntime": "edge_agent.runtimes.onnxruntime_tensor",
-    "onnxruntime-genai": "edge_agent.runtimes.genai_language",
+    "onnxruntime-genai": "edge_agent.runtimes.language",
 }
 
 NUMPY_BY_DATATYPE: Mapping[str, str] = {

@@ -1,74 +1,72 @@
-"""Language models in onnxruntime-genai: a folder with genai_config.json, the graph and the tokenizer."""
+"""Language models that only ONNX Runtime GenAI can run: graphs for a GPU, and decoders with more state than a cache.
+
+Every stream has a generator and a thread of its own.
+"""
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
 
-from edge_agent.runtimes.base import NotFiniteError, Piece, Sampling
-from wire.errors import InvalidInputError, UnsupportedModelError
+from edge_agent.runtimes.base import (
+    Array,
+    Cancel,
+    Deliver,
+    LanguageLimits,
+    Memory,
+    NotFiniteError,
+    Piece,
+    Sampling,
+)
+from edge_agent.runtimes.language_settings import LanguageSettings
+from edge_agent.runtimes.stop_text import StopText
+from edge_agent.runtimes.tokenizer import Tokenizer, check_length
+from wire.errors import UnsupportedModelError
 
 
 class GenaiLanguage:
-    """One model; every call of `generate` has its own generator and KV cache."""
+    """One model; every stream has its own generator and cache."""
 
     name = "onnxruntime-genai"
 
-    def __init__(self, folder: Path, context_tokens: int) -> None:
+    def __init__(self, folder: Path, settings: LanguageSettings, limits: LanguageLimits) -> None:
+        self._tokenizer = Tokenizer(folder)
         try:
             self._model: Any = genai.Model(str(folder))
-            self._tokenizer: Any = genai.Tokenizer(self._model)
         except Exception as error:
             raise UnsupportedModelError(
                 f"the model does not load: {error}", remedy="compile it for this device"
             ) from error
-        self.context_tokens = context_tokens
+        self.context_tokens = min(limits.context_tokens, settings.context_tokens)
         self.providers = [str(self._model.device_type)]
-        self._stop_tokens = _stop_tokens(folder / "genai_config.json")
+        self._eos_tokens = settings.eos_tokens
+        self._weights_bytes = sum(file.stat().st_size for file in folder.glob(f"{settings.graph_file.name}*"))
+        self._num_streams = 0
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return self._tokenizer.encode(text)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's template."""
-        try:
-            text = self._tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)
-        except Exception as error:
-            raise InvalidInputError(f"the chat template refuses this: {error}", remedy="use /v1/completions") from error
-        return self.encode(text)
+        return self._tokenizer.chat_tokens(messages)
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling, cancel: threading.Event) -> Iterator[Piece]:
-        """Generate until a stop token, a stop string, the limit or `cancel`."""
-        generator = self._generator(prompt, sampling)
-        stream = self._tokenizer.create_stream()
-        held = ""  # text that may be the beginning of a stop string
-        for number in range(1, sampling.max_tokens + 1):
-            if cancel.is_set():
-                yield Piece(-1, held, "cancelled")
-                return
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token in self._stop_tokens:
-                yield Piece(token, held, "stop")
-                return
-            held += stream.decode(token)
-            cut = min((at for at in (held.find(stop) for stop in sampling.stop) if at >= 0), default=-1)
-            if cut >= 0:
-                yield Piece(token, held[:cut], "stop")
-                return
-            if number == sampling.max_tokens or generator.is_done():
-                yield Piece(token, held, "length")
-                return
-            keep = _possible_stop(held, sampling.stop)
-            yield Piece(token, held[: len(held) - keep])
-            held = held[len(held) - keep :]
+    def start(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Cancel:
+        """Begin a stream in a thread of its own."""
+        check_length(prompt, sampling.max_tokens, self.context_tokens)
+        cancelled = threading.Event()
+        arguments = (prompt, sampling, deliver, cancelled)
+        threading.Thread(target=self._run, args=arguments, name="genai-stream", daemon=True).start()
+        return cancelled.set
+
+    def embed(self, tokens: Sequence[int]) -> Array:
+        """Not with this runtime."""
+        raise UnsupportedModelError("onnxruntime-genai gives no hidden states", remedy="compile for a CPU target")
 
     def agreement(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
         """Teacher forcing: after each true token, is the next one the most likely?"""
@@ -83,38 +81,55 @@ class GenaiLanguage:
             generator.append_tokens(np.asarray([token], np.int32))
         return num_same / max(len(tokens), 1)
 
+    def memory(self) -> Memory:
+        """The weights; GenAI does not tell what its caches hold."""
+        return Memory(self._weights_bytes, 0, self._num_streams)
+
     def close(self) -> None:
         """Free the model once the last generator is gone."""
-        self._tokenizer = None
         self._model = None
 
+    def _run(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver, cancelled: threading.Event) -> None:
+        self._num_streams += 1
+        try:
+            deliver(self._stream(prompt, sampling, deliver, cancelled))
+        except Exception as error:  # noqa: BLE001 - top of the thread: the stream hears of it
+            deliver(error)
+        finally:
+            self._num_streams -= 1
+
+    def _stream(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver, cancelled: threading.Event) -> Piece:
+        """Deliver every piece but the last, which is returned."""
+        generator, detokenizer = self._generator(prompt, sampling), self._tokenizer.stream()
+        text = StopText(sampling.stop)
+        for number in range(1, sampling.max_tokens + 1):
+            if cancelled.is_set():
+                break
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in self._eos_tokens:
+                return Piece(token, text.flush(), "stop")
+            out = text.push(detokenizer.decode(token))
+            if text.is_stopped:
+                return Piece(token, out, "stop")
+            if number == sampling.max_tokens or generator.is_done():
+                return Piece(token, out + text.flush(), "length")
+            deliver(Piece(token, out))
+        return Piece(-1, text.flush(), "cancelled")
+
     def _generator(self, prompt: Sequence[int], sampling: Sampling) -> Any:
-        if len(prompt) + sampling.max_tokens > self.context_tokens:
-            raise InvalidInputError(
-                f"{len(prompt)} prompt and {sampling.max_tokens} new tokens exceed {self.context_tokens}",
-                remedy="send a shorter prompt or a lower max_tokens",
-            )
+        check_length(prompt, sampling.max_tokens, self.context_tokens)
         params = genai.GeneratorParams(self._model)
         options: dict[str, Any] = {"max_length": len(prompt) + sampling.max_tokens, "do_sample": False}
+        options["repetition_penalty"] = sampling.repetition_penalty
         if sampling.temperature > 0:
             options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
             options["top_k"] = sampling.top_k
             if sampling.seed is not None:
                 options["random_seed"] = sampling.seed % (1 << 31)
         params.set_search_options(**options)
+        if sampling.json_schema is not None:
+            params.set_guidance("json_schema", sampling.json_schema)
         generator = genai.Generator(self._model, params)
         generator.append_tokens(np.asarray(prompt, np.int32))
         return generator
-
-
-def _stop_tokens(config: Path) -> frozenset[int]:
-    value = json.loads(config.read_text())["model"].get("eos_token_id", [])
-    return frozenset(value if isinstance(value, list) else [value])
-
-
-def _possible_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    return max(
-        (size for stop in stops for size in range(1, len(stop)) if size <= len(text) and text.endswith(stop[:size])),
-        default=0,
-    )

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from edge_agent.trial import resident_bytes
 from tests.fakes.agent_plane import AgentProcess, Plane
 from tests.fakes.language_artefact import built_language_model
 
@@ -71,3 +72,28 @@ def test_every_answer_says_where_and_why(agent: AgentProcess) -> None:
     record = httpx.get(f"{agent.url}/decisions/{answers[0].headers['x-foreshore-decision']}").json()
     assert record["chosen"] == "device"
     assert record["actual"]["tokens"] == 4.0
+
+
+def test_json_is_followed_and_embeddings_are_refused_by_a_model_without_hidden_states(agent: AgentProcess) -> None:
+    with openai.OpenAI(base_url=f"{agent.url}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": "chat", "messages": [{"role": "user", "content": "Invent a person."}], "max_tokens": 40}
+        schema = {
+            "type": "object",
+            "properties": {"age": {"type": "integer", "maximum": 120}},
+            "required": ["age"],
+            "additionalProperties": False,
+        }
+        kind = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema}}
+        answer = client.chat.completions.create(**asked, temperature=0, response_format=kind)
+        assert set(json.loads(answer.choices[0].message.content)) == {"age"}
+        with pytest.raises(openai.BadRequestError, match="no schema to follow"):
+            client.chat.completions.create(**asked, response_format={"type": "xml"})
+        with pytest.raises(openai.BadRequestError, match="hidden states"):
+            client.embeddings.create(model="chat", input="a text")
+
+
+def test_the_whole_agent_stays_within_twice_the_artefact_and_200_mb(agent: AgentProcess) -> None:
+    body = {"model": "chat", "prompt": "word " * 400, "max_tokens": 8, "temperature": 0}
+    assert httpx.post(f"{agent.url}/v1/completions", json=body, timeout=120).status_code == 200
+    artefact_bytes = sum(path.stat().st_size for path in built_language_model().iterdir())
+    assert resident_bytes(agent.pid, "VmRSS") <= 2 * artefact_bytes + 200 * 1024 * 1024
