@@ -1,15 +1,16 @@
 """Static 8-bit quantisation of ONNX graphs with explicit Q/DQ nodes, and proof that it took effect.
 
-The scheme comes from the target. Ranges are moving averages over fixed calibration batches: outliers of single crops
-do not widen them, and the same input gives the same bytes. The classifier's output stays float, because 8 bits tie
-neighbouring classes. `count_integer_kernels` looks at the graph that ONNX Runtime really executes.
+Ranges are collected once and serve every scheme: they are moving averages over fixed calibration batches, so outliers
+of single crops do not widen them and the same input gives the same bytes. The scheme comes from the target. The
+classifier's output stays float, because 8 bits tie neighbouring classes. `count_integer_kernels` looks at the graph
+that ONNX Runtime really executes.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from compiler.targets import TensorScheme
 
 BATCH = 8
-_WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+PREPARED = "prepared.onnx"
+RANGES = "ranges.json"
+WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 _INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
+_CALIBRATION = {"CalibMovingAverage": True, "OpTypesToExcludeOutputQuantization": ["Gemm"]}
 
 
 class _Batches(CalibrationDataReader):
@@ -37,48 +41,75 @@ class _Batches(CalibrationDataReader):
         return next(self._batches, None)
 
 
-def quantise(
-    source: Path, out: Path, scheme: TensorScheme, samples: np.ndarray[Any, Any], *, num_float_layers: int = 0
-) -> None:
-    """Write `source` with 8-bit weights and activations to `out`; `samples` is [num_samples, ...] of its only input.
+def calibrate(source: Path, out: Path, samples: np.ndarray[Any, Any]) -> None:
+    """Write the graph prepared for quantisation and the ranges of its values for `samples` into the folder `out`.
 
-    The first `num_float_layers` layers with weights, in graph order, keep float numbers.
+    `samples` is [num_samples, ...] of the graph's only input.
     """
+    prepared = out / PREPARED
+    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+    name = onnx.load(str(prepared), load_external_data=False).graph.input[0].name
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        graph = onnx.load(str(prepared), load_external_data=False).graph
         quantize_static(
             str(prepared),
-            str(out),
-            _Batches(graph.input[0].name, samples),
+            str(Path(folder) / "unused.onnx"),
+            _Batches(name, samples),
             quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=scheme.reduce_range,
-            activation_type=_TYPES[scheme.activations],
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=_head(graph, num_float_layers),
-            extra_options={
-                "ActivationSymmetric": scheme.activations == "int8",
-                "WeightSymmetric": True,
-                "QuantizeBias": scheme.quantise_bias,
-                "CalibMovingAverage": True,
-                "OpTypesToExcludeOutputQuantization": ["Gemm"],
-            },
+            calibration_cache_path=str(out / RANGES),
+            extra_options=_CALIBRATION,
         )
 
 
-def _head(graph: Any, num_layers: int) -> list[str]:
-    """Names of all nodes up to and including the `num_layers`-th one with weights."""
+def quantise(calibrated: Path, out: Path, scheme: TensorScheme, floats: Collection[str] = ()) -> None:
+    """Write the graph of the folder `calibrated` with 8-bit weights and activations to `out`.
+
+    The nodes named in `floats` keep float numbers.
+    """
+    quantize_static(
+        str(calibrated / PREPARED),
+        str(out),
+        None,
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=scheme.reduce_range,
+        activation_type=_TYPES[scheme.activations],
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=sorted(floats),
+        calibration_cache_path=str(calibrated / RANGES),
+        extra_options={
+            **_CALIBRATION,
+            "ActivationSymmetric": scheme.activations == "int8",
+            "WeightSymmetric": True,
+            "QuantizeBias": scheme.quantise_bias,
+        },
+    )
+
+
+def first_layers(calibrated: Path, num_layers: int) -> list[str]:
+    """Names of all nodes up to and including the `num_layers`-th one with weights, in graph order."""
     names: list[str] = []
     seen = 0
-    for node in graph.node:
-        is_weighted = node.op_type in _WEIGHTED
+    for node in onnx.load(str(calibrated / PREPARED), load_external_data=False).graph.node:
+        is_weighted = node.op_type in WEIGHTED
         if seen == num_layers and (is_weighted or num_layers == 0):
             break
         seen += is_weighted
         names.append(node.name)
     return names
+
+
+def cast_to_half(source: Path, out: Path) -> None:
+    """Write `source` with fp16 weights and arithmetic to `out`; inputs and outputs stay float32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = convert_float_to_float16(onnx.load(str(source)), keep_io_types=True)
+    onnx.save(model, str(out))
+
+
+def has_half_weights(path: Path) -> bool:
+    """Whether weights of the graph at `path` are fp16."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
 
 
 def count_integer_kernels(path: Path) -> tuple[int, int]:
@@ -92,4 +123,4 @@ def count_integer_kernels(path: Path) -> tuple[int, int]:
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         counts = Counter(node.op_type for node in onnx.load(str(optimised), load_external_data=False).graph.node)
     integer = sum(counts[kind] for kind in _INTEGER)
-    return integer, sum(counts[kind] for kind in (*_WEIGHTED, "FusedConv", "FusedGemm", "FusedMatMul"))
+    return integer, sum(counts[kind] for kind in (*WEIGHTED, "FusedConv", "FusedGemm", "FusedMatMul"))

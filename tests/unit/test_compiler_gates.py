@@ -1,14 +1,15 @@
 """Gates, recipes, targets and the build cache: pure decisions."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from compiler.cache import BuildCache, stage_key
+from compiler.cache import BuildCache, Stage
 from compiler.gates import gate, mean_cosine, mean_kl, perplexity, require_all, top1_agreement
 from compiler.recipe import parse_recipe
-from compiler.targets import TARGETS_FOLDER, load_target, parse_target
+from compiler.targets import TARGETS_FOLDER, load_target, load_targets, parse_target
 from wire.errors import GateFailedError, InvalidInputError, NotFoundError
 
 
@@ -58,25 +59,54 @@ def test_a_recipe_is_filled_from_the_target_and_keeps_its_own_choice() -> None:
     assert parse_recipe({"language": {"precision": "int8"}}).filled(target).language.precision == "int8"
 
 
+def _stage(inputs: dict[str, object], build: Callable[[Path], object], name: str = "s") -> Stage:
+    return Stage(name, inputs, (), lambda folder: build(folder) and None)
+
+
+def _fail(folder: Path) -> None:
+    (folder / "half").write_text("done")
+    raise RuntimeError("no")
+
+
 def test_every_input_changes_the_key_of_a_stage() -> None:
-    keys = {stage_key("a", {"x": 1}), stage_key("b", {"x": 1}), stage_key("a", {"x": 2}), stage_key("a", {"y": 1})}
-    assert len(keys) == 4
+    stages = [_stage({"x": 1}, bool), _stage({"x": 1}, bool, "b"), _stage({"x": 2}, bool), _stage({"y": 1}, bool)]
+    assert len({stage.key for stage in stages}) == 4
 
 
 def test_a_stage_is_built_once_and_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     cache = BuildCache(tmp_path)
     with pytest.raises(RuntimeError):
-        cache.get_or_build("s", {}, lambda folder: (_ for _ in ()).throw(RuntimeError("no")))
+        cache.get_or_build(_stage({}, _fail))
     assert list(tmp_path.iterdir()) == []
-    first = cache.get_or_build("s", {}, lambda folder: (folder / "f").write_text("once") and None)
-    second = cache.get_or_build("s", {}, lambda folder: pytest.fail("built twice"))
+    first = cache.get_or_build(_stage({}, lambda folder: (folder / "f").write_text("once")))
+    second = cache.get_or_build(_stage({}, lambda folder: pytest.fail("built twice")))
     assert not first.was_cached
     assert second.was_cached
-    assert (second.folder / "f").read_text() == "once"
+    assert second.path("f").read_text() == "once"
+    assert first.digest == second.digest
 
 
 def test_a_full_cache_drops_the_other_entries_and_keeps_the_new_one(tmp_path: Path) -> None:
     cache = BuildCache(tmp_path, max_bytes=10)
-    cache.get_or_build("s", {"n": 1}, lambda folder: (folder / "f").write_bytes(b"x" * 8) and None)
-    kept = cache.get_or_build("s", {"n": 2}, lambda folder: (folder / "f").write_bytes(b"x" * 8) and None)
+    cache.get_or_build(_stage({"n": 1}, lambda folder: (folder / "f").write_bytes(b"x" * 8)))
+    kept = cache.get_or_build(_stage({"n": 2}, lambda folder: (folder / "f").write_bytes(b"x" * 8)))
     assert list(tmp_path.iterdir()) == [kept.folder]
+
+
+def test_what_a_dead_builder_left_goes_with_the_next_build(tmp_path: Path) -> None:
+    (tmp_path / ".building-4194399-x" / "result").mkdir(parents=True)
+    BuildCache(tmp_path).get_or_build(_stage({}, lambda folder: (folder / "f").write_text("new")))
+    assert not list(tmp_path.glob(".building-*"))
+
+
+@pytest.mark.parametrize("target", ["cpu-x86", "cuda", "rtx", "rtx-sm86"])
+def test_fp8_is_refused_where_a_device_of_the_target_has_none(target: str) -> None:
+    with pytest.raises(InvalidInputError, match="fp8 needs compute capability"):
+        parse_recipe({"tensor": {"precision": "fp8"}}).filled(load_target(target))
+    parse_recipe({"tensor": {"precision": "fp8"}}).filled(load_target("rtx-sm89"))
+
+
+def test_all_targets_are_at_least_six_and_named_once() -> None:
+    everything = load_targets("all")
+    assert len(everything) == len({target.name for target in everything}) >= 6
+    assert [target.name for target in load_targets("cuda, cpu-x86, cuda")] == ["cuda", "cpu-x86"]

@@ -1,0 +1,248 @@
+"""The stages of tensor models. Each function names all that decides its result and imports its tools when it builds.
+
+clean -> (inputs, answers) -> calibrate -> quantise, or cast -> measure; golden. A stage takes earlier results by their
+content, so equal intermediate results share all that follows, whichever model, recipe or target led to them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compiler import tensor_model
+from compiler.cache import Built, Stage
+from compiler.modelopt import ModelOpt
+from compiler.processor import tensor_kernels
+from compiler.targets import TensorScheme
+from compiler.tensor_model import Arithmetic, Array, Signature
+from compiler.workshop import Workshop
+from model_registry.manifest import Vision
+from wire.errors import InvalidInputError
+
+MODEL = "model.onnx"
+GOLDEN = "golden.npz"
+MAX_GOLDEN_BYTES = 256 << 20
+_PHOTOGRAPH_TOOLS = ("numpy", "pillow", "scikit-image", "scikit-learn")
+_QUANTISER_TOOLS = ("numpy", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A tensor model in work: the file as it came, its name in keys, and the cleaned graph."""
+
+    path: Path
+    fingerprint: str
+    cleaned: Built
+    signature: Signature
+    vision: Vision | None
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether photographs can be its input, for calibration and gates."""
+        return self.vision is not None and self.signature.image_input is not None
+
+
+def clean(shop: Workshop, path: Path, fingerprint: str) -> Built:
+    """The checked, simplified graph and what it takes and gives."""
+
+    def build(to: Path) -> None:
+        tensor_model.clean(path, to / MODEL)
+        signature = tensor_model.read_signature(path)
+        (to / "signature.json").write_text(json.dumps(signature.to_dict()))
+
+    tools = ("onnx", "onnxruntime", "onnxslim")
+    return shop.run(Stage("clean", {"model": fingerprint}, tools, build), "checking and simplifying the graph")
+
+
+def inputs(shop: Workshop, source: TensorSource, split: str, count: int) -> Built:
+    """`count` inputs as .npz: crops of photographs of a split ("calibration", "held-out"), or whole ones for "golden".
+
+    A model that takes no images gets seeded numbers.
+    """
+    signature, vision = source.signature, source.vision
+    if not source.is_image_model:
+        decided: dict[str, Any] = {"signature": signature.to_dict(), "count": count}
+
+        def build(to: Path) -> None:
+            _save(to / "inputs.npz", tensor_model.random_inputs(signature, count))
+
+        return shop.run(Stage("inputs", decided, ("numpy",), build), "drawing inputs")
+    assert vision is not None
+    pixels = vision.model_dump(mode="json", exclude={"labels"})
+    decided = {"split": split, "count": count, "pixels": pixels, "name": signature.image_input}
+
+    def build_images(to: Path) -> None:
+        from compiler import photographs
+
+        if split == "golden":
+            images = photographs.whole_images("held-out", vision)
+        else:
+            images = photographs.augmented_crops("held-out" if split == "held-out" else "calibration", count, vision)
+        _save(to / "inputs.npz", {str(signature.image_input): images})
+
+    return shop.run(Stage("inputs", decided, _PHOTOGRAPH_TOOLS, build_images), f"cutting {split} photographs")
+
+
+def answers(shop: Workshop, source: TensorSource, given: Built) -> Built:
+    """What the source model, as it came, answers to `given`."""
+    decided = {"model": source.fingerprint, "inputs": given.digest, "machine": platform.machine()}
+
+    def build(to: Path) -> None:
+        _save(to / "answers.npz", tensor_model.run_batches(source.path, load(given.path("inputs.npz"))))
+
+    return shop.run(Stage("answers", decided, ("onnxruntime",), build), "the source model answers")
+
+
+def calibrate(shop: Workshop, cleaned: Built, samples: Built) -> Built:
+    """The ranges of all values of the graph, for every scheme."""
+    decided = {"model": cleaned.files[MODEL], "samples": samples.digest, "machine": platform.machine()}
+
+    def build(to: Path) -> None:
+        from compiler import quantise as tool
+
+        tool.calibrate(cleaned.path(MODEL), to, next(iter(load(samples.path("inputs.npz")).values())))
+
+    return shop.run(Stage("calibrate", decided, _QUANTISER_TOOLS, build), "collecting ranges")
+
+
+def quantise(shop: Workshop, calibrated: Built, scheme: TensorScheme, num_float_layers: int) -> Built:
+    """8 bits by ONNX Runtime's quantiser; the first layers stay float."""
+    parts = scheme.model_dump(include={"activations", "reduce_range", "quantise_bias"})
+    decided = {"calibrated": calibrated.digest, "scheme": parts, "float_layers": num_float_layers}
+
+    def build(to: Path) -> None:
+        from compiler import quantise as tool
+
+        floats = tool.first_layers(calibrated.folder, num_float_layers)
+        tool.quantise(calibrated.folder, to / MODEL, scheme, floats)
+
+    what = f"8 bits, first {num_float_layers} layers float" if num_float_layers else "8 bits"
+    return shop.run(Stage("quantise", decided, _QUANTISER_TOOLS, build), what)
+
+
+def quantise_by_modelopt(shop: Workshop, cleaned: Built, samples: Built, precision: str, tool: ModelOpt) -> Built:
+    """int8 or fp8 by NVIDIA's Model Optimizer in its own environment, calibrated on the same samples."""
+    decided = {
+        "model": cleaned.files[MODEL],
+        "samples": samples.digest,
+        "precision": precision,
+        "modelopt": tool.version,
+    }
+
+    def build(to: Path) -> None:
+        tool.quantise(cleaned.path(MODEL), samples.path("inputs.npz"), to / MODEL, precision)
+
+    stage = Stage("quantise", decided, ("onnx", "onnxruntime"), build, reproducibility="output-equivalent")
+    return shop.run(stage, f"{precision} by ModelOpt {tool.version}")
+
+
+def cast(shop: Workshop, cleaned: Built) -> Built:
+    """fp16 weights and arithmetic, float32 at the rim."""
+
+    def build(to: Path) -> None:
+        from compiler import quantise as tool
+
+        tool.cast_to_half(cleaned.path(MODEL), to / MODEL)
+
+    stage = Stage("cast", {"model": cleaned.files[MODEL]}, ("onnx", "onnxruntime"), build)
+    return shop.run(stage, "casting to fp16")
+
+
+def measure(
+    shop: Workshop, model: Built, given: Built, expected: Built, kernels: str, *, count_kernels: bool
+) -> dict[str, float]:
+    """Figures of an artefact against the source: cosine, top-1 agreement and, for 8 bits, integer and float kernels.
+
+    `kernels` names the target's arithmetic; where this machine has another, the graph's own definition is judged.
+    """
+    arithmetic: Arithmetic = "kernels" if kernels == tensor_kernels() else "definition"
+    decided = {
+        "model": model.files[MODEL],
+        "inputs": given.digest,
+        "expected": expected.digest,
+        "arithmetic": tensor_kernels() if arithmetic == "kernels" else arithmetic,
+        "count_kernels": count_kernels,
+        "machine": platform.machine(),
+    }
+
+    def build(to: Path) -> None:
+        from compiler.gates import mean_cosine, top1_agreement
+        from compiler.quantise import count_integer_kernels
+
+        found = tensor_model.run_batches(model.path(MODEL), load(given.path("inputs.npz")), arithmetic)
+        wanted = load(expected.path("answers.npz"))
+        name = next(iter(wanted))
+        figures = {"cosine": mean_cosine(wanted[name], found[name])}
+        if wanted[name].ndim == 2 and wanted[name].shape[1] > 1:
+            figures["top1_agreement"] = top1_agreement(wanted[name], found[name])
+        if count_kernels:
+            integer, floating = count_integer_kernels(model.path(MODEL))
+            figures |= {"integer_kernels": integer, "float_kernels": floating}
+        (to / "figures.json").write_text(json.dumps(figures))
+
+    built = shop.run(Stage("measure", decided, ("numpy", "onnxruntime"), build), "comparing with the source model")
+    return dict(built.read_json("figures.json"))
+
+
+def golden(shop: Workshop, source: TensorSource, given: Path | None) -> Built:
+    """The golden set: the publisher's as it is, once it fits the model, or else the source's answers."""
+    if given is not None:
+        from model_registry.sources import hash_file
+
+        if given.stat().st_size > MAX_GOLDEN_BYTES:
+            raise InvalidInputError(
+                f"golden set has {given.stat().st_size} bytes", remedy=f"at most {MAX_GOLDEN_BYTES}"
+            )
+        decided: dict[str, Any] = {"given": hash_file(given), "signature": source.signature.to_dict()}
+
+        def build_given(to: Path) -> None:
+            num_cases = _check_golden(given, source.signature)
+            shutil.copyfile(given, to / GOLDEN)
+            (to / "cases.json").write_text(json.dumps(num_cases))
+
+        return shop.run(Stage("golden", decided, ("numpy",), build_given), "checking the golden set")
+    whole = inputs(shop, source, "golden", 4)
+    replies = answers(shop, source, whole)
+    decided = {"inputs": whole.digest, "answers": replies.digest}
+
+    def build(to: Path) -> None:
+        taken = load(whole.path("inputs.npz"))
+        arrays = {f"input.{name}": value for name, value in taken.items()}
+        arrays |= {f"output.{name}": value for name, value in load(replies.path("answers.npz")).items()}
+        _save(to / GOLDEN, arrays)
+        (to / "cases.json").write_text(json.dumps(len(next(iter(taken.values())))))
+
+    return shop.run(Stage("golden", decided, ("numpy",), build), "writing golden inputs and outputs")
+
+
+def load(path: Path) -> dict[str, Array]:
+    """The arrays of an .npz file by name; never a pickle."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _save(path: Path, arrays: dict[str, Array]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def _check_golden(path: Path, signature: Signature) -> int:
+    """The number of cases in the publisher's golden set, which must fit the model."""
+    try:
+        lengths = {name: len(array) for name, array in load(path).items()}
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"golden set cannot be read: {error}", remedy="write it with numpy.savez") from error
+    wanted = {f"input.{name}" for name in signature.inputs}
+    known = wanted | {f"output.{name}" for name in signature.outputs}
+    has_output = any(name.startswith("output.") for name in lengths)
+    if not wanted <= set(lengths) or set(lengths) - known or not has_output or len(set(lengths.values())) != 1:
+        raise InvalidInputError(
+            f"golden set holds {sorted(lengths.items())}",
+            remedy=f"wanted: {sorted(known)}, the same number of cases each",
+        )
+    return next(iter(lengths.values()))
