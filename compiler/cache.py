@@ -118,7 +118,7 @@ class BuildCache:
         return _built(target, json.loads((target / RECORD).read_bytes()), was_cached=False)
 
     def prune(self, keep: Path | None = None) -> None:
-        """Remove the entries used longest ago until the rest fits; `keep` stays. What dead builders left goes too."""
+        """Remove the entries used longest ago until the rest fits; `keep` stays."""
         entries = [entry for entry in self.root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
         entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
         total = 0
@@ -126,6 +126,10 @@ class BuildCache:
             total += sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
             if total > self.max_bytes and entry != keep:
                 shutil.rmtree(entry, ignore_errors=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what builders that died left half done."""
         for staging in self.root.glob(".building-*"):
             if not Path("/proc", staging.name.split("-")[1]).exists():
                 shutil.rmtree(staging, ignore_errors=True)

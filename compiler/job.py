@@ -1,7 +1,7 @@
 """One compile job in a process of its own: `python -m compiler.job REQUEST.json`.
 
 The request names local files only; the process has no network business and no credentials. It speaks JSON lines on
-its standard output: `{"stage", "progress", "message"}` while it works, at the end `{"manifest": path, "stages": [...]}` or
+its standard output: `{"stage", "progress", "message"}` while it works, at the end `{"manifest", "stages"}` or
 `{"error": {...}}`. Everything else that libraries print goes to standard error, the job's log. It ends with its parent.
 """
 

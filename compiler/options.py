@@ -26,7 +26,7 @@ def builder_options(recipe: LanguageRecipe) -> dict[str, Any]:
     algorithm = (
         {"algo_config": recipe.algorithm} if recipe.precision == "int4" and recipe.algorithm != "default" else {}
     )
-    return {**algorithm, **recipe.builder_options}
+    return algorithm | {str(name): value for name, value in recipe.builder_options.items()}
 
 
 def tensor_notes(recipe: Recipe, precision: str) -> tuple[str, ...]:
