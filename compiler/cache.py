@@ -41,19 +41,18 @@ class Stage:
     version: int = 1
     reproducibility: Reproducibility = "byte-identical"
 
-    def key_document(self) -> dict[str, Any]:
-        """What the key is the digest of."""
+    def key_document(self, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """What the key is the digest of; `versions` of tools are those installed unless given."""
         return {
             "stage": self.name,
             "version": [FORMAT_VERSION, self.version],
             "inputs": dict(self.inputs),
-            "tools": versions_of(self.tools),
+            "tools": versions_of(self.tools) if versions is None else {name: versions[name] for name in self.tools},
         }
 
-    @property
-    def key(self) -> str:
+    def key(self, versions: Mapping[str, str] | None = None) -> str:
         """SHA-256 of the stage's name, inputs and tools (plain data)."""
-        return sha256(canonical_bytes(self.key_document()))
+        return sha256(canonical_bytes(self.key_document(versions)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class BuildCache:
 
     def find(self, stage: Stage) -> Built | None:
         """The result of `stage` if it is there; it then counts as used now."""
-        key = stage.key
+        key = stage.key()
         target = self._target(stage, key)
         try:
             record = json.loads((target / RECORD).read_bytes())
@@ -101,7 +100,7 @@ class BuildCache:
         found = self.find(stage)
         if found is not None:
             return found
-        target = self._target(stage, stage.key)
+        target = self._target(stage, stage.key())
         self.root.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=self.root, prefix=f".building-{os.getpid()}-"))
         try:
@@ -150,7 +149,7 @@ def _record(stage: Stage, result: Path, seconds: float) -> dict[str, Any]:
         path.relative_to(result).as_posix(): hash_file(path) for path in sorted(result.rglob("*")) if path.is_file()
     }
     return stage.key_document() | {
-        "key": stage.key,
+        "key": stage.key(),
         "files": files,
         "seconds": round(seconds, 3),
         "reproducibility": stage.reproducibility,

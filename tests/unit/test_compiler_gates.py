@@ -70,7 +70,7 @@ def _fail(folder: Path) -> None:
 
 def test_every_input_changes_the_key_of_a_stage() -> None:
     stages = [_stage({"x": 1}, bool), _stage({"x": 1}, bool, "b"), _stage({"x": 2}, bool), _stage({"y": 1}, bool)]
-    assert len({stage.key for stage in stages}) == 4
+    assert len({stage.key() for stage in stages}) == 4
 
 
 def test_a_stage_is_built_once_and_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
