@@ -41,6 +41,7 @@ def compile_(
     recipe: Annotated[Path | None, typer.Option(help="A recipe (YAML).")] = None,
     golden: Annotated[Path | None, typer.Option(help="Golden inputs and outputs (.npz).")] = None,
     vision: Annotated[Path | None, typer.Option(help="Preprocessing and labels (JSON).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Typical inputs of a tensor model (.npz).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where built stages are kept.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last.")] = False,
 ) -> None:
@@ -66,6 +67,7 @@ def compile_(
         _show_nothing if as_json else _ProgressLines().show,
         golden=golden,
         vision=Vision.model_validate_json(vision.read_bytes()) if vision else None,
+        data=data,
     )
     if as_json:
         typer.echo(json.dumps({"targets": [result.to_dict() for result in results]}))

@@ -69,6 +69,7 @@ def compile_targets(
     name: str = "model",
     golden: Path | None = None,
     vision: Vision | None = None,
+    data: Path | None = None,
 ) -> list[TargetResult]:
     """Compile `source` for each of `targets` into a folder below `out`. Errors of a target end that target alone."""
     found = hash_remembered(source, cache)
@@ -84,6 +85,7 @@ def compile_targets(
             source_digest=found.digest,
             golden=golden,
             vision=vision,
+            data=data,
         )
         results.append(_compile_one(job, out, cache, show))
     return results

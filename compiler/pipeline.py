@@ -40,7 +40,10 @@ _LANGUAGE_PLAN = ("fingerprint", "genai", "source-logits", "measure", "golden", 
 
 @dataclass(frozen=True)
 class CompileJob:
-    """What to compile: `source` is an ONNX or GGUF file or a Hugging Face style folder."""
+    """What to compile: `source` is an ONNX or GGUF file or a Hugging Face style folder.
+
+    `data` (.npz, one array per input) are typical inputs of a tensor model, for calibration and gates.
+    """
 
     name: str
     kind: Kind
@@ -51,6 +54,7 @@ class CompileJob:
     source_digest: str
     golden: Path | None = None
     vision: Vision | None = None
+    data: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,9 @@ def _compile_tensor(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt: M
     fingerprint = _fingerprint(job, job.source, shop, job.source_digest)
     cleaned = tensor_stages.clean(shop, job.source, fingerprint)
     signature = Signature.from_dict(cleaned.read_json("signature.json"))
-    source = TensorSource(job.source, fingerprint, cleaned, signature, fit_vision(signature, job.vision, IMAGENET))
+    source = TensorSource(
+        job.source, fingerprint, cleaned, signature, fit_vision(signature, job.vision, IMAGENET), job.data
+    )
     given = tensor_stages.inputs(shop, source, "held-out", recipe.tensor.gate_crops if source.is_image_model else 8)
     expected = tensor_stages.answers(shop, source, given)
     built = _Candidates(job, recipe, shop, source, modelopt)
@@ -222,8 +228,8 @@ class _Candidates:
         self.precision: str = recipe.tensor.precision or "fp32"
         self.notes: list[str] = []
         self._job, self._recipe, self._shop, self._source, self._modelopt = job, recipe, shop, source, modelopt
-        if self.precision in ("int8", "fp8") and not source.is_image_model:
-            self.notes.append("not an image model: no calibration data, numbers stay float")
+        if self.precision in ("int8", "fp8") and not source.can_calibrate:
+            self.notes.append("not an image model and no data given: nothing to calibrate with, numbers stay float")
             self.precision = "fp32"
 
     def candidates(self) -> Any:

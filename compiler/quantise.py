@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from compiler.targets import TensorScheme
 
 BATCH = 8
+Array = np.ndarray[Any, Any]
 PREPARED = "prepared.onnx"
 RANGES = "ranges.json"
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
@@ -32,28 +33,28 @@ _CALIBRATION = {"CalibMovingAverage": True, "OpTypesToExcludeOutputQuantization"
 
 
 class _Batches(CalibrationDataReader):
-    def __init__(self, input_name: str, samples: np.ndarray[Any, Any]) -> None:
+    def __init__(self, samples: Mapping[str, Array]) -> None:
+        count = len(next(iter(samples.values()))) // BATCH * BATCH
         self._batches: Iterator[dict[str, Any]] = (
-            {input_name: samples[start : start + BATCH]} for start in range(0, len(samples) // BATCH * BATCH, BATCH)
+            {name: array[start : start + BATCH] for name, array in samples.items()} for start in range(0, count, BATCH)
         )
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._batches, None)
 
 
-def calibrate(source: Path, out: Path, samples: np.ndarray[Any, Any]) -> None:
+def calibrate(source: Path, out: Path, samples: Mapping[str, Array]) -> None:
     """Write the graph prepared for quantisation and the ranges of its values for `samples` into the folder `out`.
 
-    `samples` is [num_samples, ...] of the graph's only input.
+    `samples` are [num_samples, ...] by input.
     """
     prepared = out / PREPARED
     quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-    name = onnx.load(str(prepared), load_external_data=False).graph.input[0].name
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         quantize_static(
             str(prepared),
             str(Path(folder) / "unused.onnx"),
-            _Batches(name, samples),
+            _Batches(samples),
             quant_format=QuantFormat.QDQ,
             calibration_cache_path=str(out / RANGES),
             extra_options=_CALIBRATION,

@@ -23,29 +23,39 @@ from compiler.targets import TensorScheme
 from compiler.tensor_model import Arithmetic, Array, Signature
 from compiler.workshop import Workshop
 from model_registry.manifest import Vision
+from model_registry.sources import hash_file
 from wire.errors import InvalidInputError
 
 MODEL = "model.onnx"
 GOLDEN = "golden.npz"
 MAX_GOLDEN_BYTES = 256 << 20
+MAX_DATA_BYTES = 2 << 30
+MIN_CASES = 16
+NUM_GOLDEN_CASES = 6
 _PHOTOGRAPH_TOOLS = ("numpy", "pillow", "scikit-image", "scikit-learn")
 _QUANTISER_TOOLS = ("numpy", "onnx", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor model in work: the file as it came, its name in keys, and the cleaned graph."""
+    """A tensor model in work: the file as it came, its name in keys, the cleaned graph, and typical inputs."""
 
     path: Path
     fingerprint: str
     cleaned: Built
     signature: Signature
     vision: Vision | None
+    data: Path | None = None
 
     @property
     def is_image_model(self) -> bool:
-        """Whether photographs can be its input, for calibration and gates."""
+        """Whether photographs can be its input."""
         return self.vision is not None and self.signature.image_input is not None
+
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether there are inputs whose ranges mean something."""
+        return self.data is not None or self.is_image_model
 
 
 def clean(shop: Workshop, path: Path, fingerprint: str) -> Built:
@@ -61,11 +71,14 @@ def clean(shop: Workshop, path: Path, fingerprint: str) -> Built:
 
 
 def inputs(shop: Workshop, source: TensorSource, split: str, count: int) -> Built:
-    """`count` inputs as .npz: crops of photographs of a split ("calibration", "held-out"), or whole ones for "golden".
+    """Inputs as .npz for a split: "calibration", "held-out" or "golden". What calibrates never judges.
 
-    A model that takes no images gets seeded numbers.
+    The publisher's data if there are any; else `count` crops of photographs (whole ones for "golden"); a model that
+    takes no images gets seeded numbers.
     """
     signature, vision = source.signature, source.vision
+    if source.data is not None:
+        return _given_inputs(shop, source.data, signature, split)
     if not source.is_image_model:
         decided: dict[str, Any] = {"signature": signature.to_dict(), "count": count}
 
@@ -89,6 +102,29 @@ def inputs(shop: Workshop, source: TensorSource, split: str, count: int) -> Buil
     return shop.run(Stage("inputs", decided, _PHOTOGRAPH_TOOLS, build_images), f"cutting {split} photographs")
 
 
+def _given_inputs(shop: Workshop, data: Path, signature: Signature, split: str) -> Built:
+    """Even cases of the publisher's data calibrate, odd ones judge, the first few of those are the golden set."""
+    if data.stat().st_size > MAX_DATA_BYTES:
+        raise InvalidInputError(f"the data have {data.stat().st_size} bytes", remedy=f"at most {MAX_DATA_BYTES}")
+    decided = {"data": hash_file(data), "split": split, "signature": signature.to_dict()}
+
+    def build(to: Path) -> None:
+        arrays = load(data)
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if set(arrays) != set(signature.inputs) or len(set(lengths.values())) != 1 or min(lengths.values()) < MIN_CASES:
+            raise InvalidInputError(
+                f"the data hold {sorted(lengths.items())}",
+                remedy=f"wanted: {sorted(signature.inputs)}, the same number of cases each, at least {MIN_CASES}",
+            )
+        cases = slice(0, None, 2) if split == "calibration" else slice(1, None, 2)
+        chosen = {name: array[cases] for name, array in arrays.items()}
+        if split == "golden":
+            chosen = {name: array[:NUM_GOLDEN_CASES] for name, array in chosen.items()}
+        _save(to / "inputs.npz", chosen)
+
+    return shop.run(Stage("inputs", decided, ("numpy",), build), f"taking {split} cases of the data")
+
+
 def answers(shop: Workshop, source: TensorSource, given: Built) -> Built:
     """What the source model, as it came, answers to `given`."""
     decided = {"model": source.fingerprint, "inputs": given.digest, "machine": platform.machine()}
@@ -106,7 +142,7 @@ def calibrate(shop: Workshop, cleaned: Built, samples: Built) -> Built:
     def build(to: Path) -> None:
         from compiler import quantise as tool
 
-        tool.calibrate(cleaned.path(MODEL), to, next(iter(load(samples.path("inputs.npz")).values())))
+        tool.calibrate(cleaned.path(MODEL), to, load(samples.path("inputs.npz")))
 
     return shop.run(Stage("calibrate", decided, _QUANTISER_TOOLS, build), "collecting ranges")
 
@@ -193,8 +229,6 @@ def measure(
 def golden(shop: Workshop, source: TensorSource, given: Path | None) -> Built:
     """The golden set: the publisher's as it is, once it fits the model, or else the source's answers."""
     if given is not None:
-        from model_registry.sources import hash_file
-
         if given.stat().st_size > MAX_GOLDEN_BYTES:
             raise InvalidInputError(
                 f"golden set has {given.stat().st_size} bytes", remedy=f"at most {MAX_GOLDEN_BYTES}"

@@ -92,3 +92,19 @@ def test_a_publishers_golden_set_is_shipped_as_it_is(tmp_path: Path) -> None:
     np.savez(tmp_path / "golden.npz", **{"input.image": images, "output.logits": np.ones((3, CLASSES), np.float32)})
     built = _compile(_job(tmp_path, golden=tmp_path / "golden.npz"), tmp_path)
     assert (built.folder / "golden.npz").read_bytes() == (tmp_path / "golden.npz").read_bytes()
+
+
+def test_the_publishers_data_calibrate_and_judge_in_place_of_photographs(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((32, 3, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", image=images)
+    built = _compile(_job(tmp_path, data=tmp_path / "data.npz"), tmp_path)
+    with np.load(built.folder / "golden.npz") as arrays:
+        assert np.array_equal(arrays["input.image"], images[1:12:2])
+    photographs = _compile(_job(tmp_path), tmp_path, "photographs")
+    assert built.manifest.files != photographs.manifest.files
+
+
+def test_data_of_another_model_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", picture=np.zeros((32, 3, 32, 32), np.float32))
+    with pytest.raises(InvalidInputError, match="the data hold"):
+        _compile(_job(tmp_path, data=tmp_path / "data.npz"), tmp_path)
