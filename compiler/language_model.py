@@ -132,7 +132,13 @@ def artefact_logits(folder: Path, tokens: Array) -> Array:
     """Logits [windows, length, vocabulary] of the built model for `tokens`, through plain ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise BuilderError(
+            f"ONNX Runtime refuses the graph that the builder wrote: {reason}", remedy="choose other builder options"
+        ) from error
     decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
     past = {

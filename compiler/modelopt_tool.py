@@ -11,8 +11,8 @@ import numpy as np
 def quantise(source: str, samples: str, out: str, precision: str) -> None:
     """Write the graph at `source` with explicit Q/DQ nodes to `out`.
 
-    Signed and symmetric, biases float, ranges are the largest values seen; weights are stored in 8 bits and what is
-    not quantised stays float32.
+    Signed and symmetric, biases float, ranges are the largest values seen; weights are stored in 8 bits, and what is
+    not quantised becomes fp16; inputs and outputs stay float32.
     """
     quantize = importlib.import_module("modelopt.onnx.quantization").quantize
     with np.load(samples, allow_pickle=False) as arrays:
@@ -23,7 +23,7 @@ def quantise(source: str, samples: str, out: str, precision: str) -> None:
         calibration_data=data,
         calibration_method="max",
         calibration_eps=["cpu"],
-        high_precision_dtype="fp32",
+        high_precision_dtype="fp16",
         output_path=out,
     )
     for path in Path(out).parent.glob("*.onnx_data"):

@@ -33,7 +33,7 @@ from wire.errors import InvalidInputError, MissingExtraError
 
 TIMES_FILE = "times.json"
 RUNTIME_OVERHEAD_BYTES = 96 << 20
-MIN_INTEGER_KERNEL_SHARE = 0.4
+MIN_INTEGER_LAYER_SHARE = 0.6
 _TENSOR_PLAN = ("fingerprint", "clean", "inputs", "answers")
 _LANGUAGE_PLAN = ("fingerprint", "genai", "source-logits", "measure", "golden", "package")
 
@@ -187,7 +187,7 @@ def _compile_tensor(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt: M
     graph = cleaned
     for graph in built.candidates():
         figures = tensor_stages.measure(
-            shop, graph, given, expected, job.target.tensor_kernels, count_kernels=built.precision == "int8"
+            shop, graph, given, expected, job.target.tensor_kernels, is_8_bit=built.precision == "int8"
         )
         gates = _judge_tensor(figures, graph, recipe, _size_bytes(job.source))
         shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
@@ -262,10 +262,10 @@ def _judge_tensor(figures: Mapping[str, float], graph: Built, recipe: Recipe, so
         results.append(gate("top1_agreement", figures["top1_agreement"], ">=", recipe.tensor.min_top1_agreement))
     size = graph.path(tensor_stages.MODEL).stat().st_size
     results.append(gate("size_ratio", size / source_bytes, "<=", recipe.max_size_ratio))
-    if "integer_kernels" in figures:
-        integer, floating = figures["integer_kernels"], figures["float_kernels"]
+    if "integer_layers" in figures:
+        integer, floating = figures["integer_layers"], figures["float_layers"]
         share = integer / max(1, integer + floating)
-        results.append(gate("integer_kernel_share", share, ">=", MIN_INTEGER_KERNEL_SHARE))
+        results.append(gate("integer_layer_share", share, ">=", MIN_INTEGER_LAYER_SHARE))
     return results
 
 

@@ -125,3 +125,13 @@ def count_integer_kernels(path: Path) -> tuple[int, int]:
         counts = Counter(node.op_type for node in onnx.load(str(optimised), load_external_data=False).graph.node)
     integer = sum(counts[kind] for kind in _INTEGER)
     return integer, sum(counts[kind] for kind in (*WEIGHTED, "FusedConv", "FusedGemm", "FusedMatMul"))
+
+
+def count_quantised_layers(path: Path) -> tuple[int, int]:
+    """(layers with weights between Q/DQ nodes, other layers with weights): what TensorRT, which reads precision from
+    the graph, makes integer kernels of."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    dequantised = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    layers = [node for node in graph.node if node.op_type in WEIGHTED]
+    quantised = sum(set(node.input[:2]) <= dequantised for node in layers)
+    return quantised, len(layers) - quantised

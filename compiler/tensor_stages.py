@@ -174,7 +174,7 @@ def quantise_by_modelopt(shop: Workshop, cleaned: Built, samples: Built, precisi
     def build(to: Path) -> None:
         tool.quantise(cleaned.path(MODEL), samples.path("inputs.npz"), to / MODEL, precision)
 
-    stage = Stage("quantise", decided, ("onnx", "onnxruntime"), build, reproducibility="output-equivalent")
+    stage = Stage("quantise", decided, ("onnx", "onnxruntime"), build, version=2, reproducibility="output-equivalent")
     return shop.run(stage, f"{precision} by ModelOpt {tool.version}")
 
 
@@ -191,11 +191,12 @@ def cast(shop: Workshop, cleaned: Built) -> Built:
 
 
 def measure(
-    shop: Workshop, model: Built, given: Built, expected: Built, kernels: str, *, count_kernels: bool
+    shop: Workshop, model: Built, given: Built, expected: Built, kernels: str, *, is_8_bit: bool
 ) -> dict[str, float]:
-    """Figures of an artefact against the source: cosine, top-1 agreement and, for 8 bits, integer and float kernels.
+    """Figures of an artefact against the source: cosine, top-1 agreement and, for 8 bits, integer and float layers.
 
     `kernels` names the target's arithmetic; where this machine has another, the graph's own definition is judged.
+    Layers of a GPU's graph are counted by its Q/DQ nodes, those of a processor's in the graph that ONNX Runtime makes.
     """
     arithmetic: Arithmetic = "kernels" if kernels == tensor_kernels() else "definition"
     decided = {
@@ -203,13 +204,13 @@ def measure(
         "inputs": given.digest,
         "expected": expected.digest,
         "arithmetic": tensor_kernels() if arithmetic == "kernels" else arithmetic,
-        "count_kernels": count_kernels,
+        "layers": ("nodes" if kernels == "gpu" else "kernels") if is_8_bit else None,
         "machine": platform.machine(),
     }
 
     def build(to: Path) -> None:
         from compiler.gates import mean_cosine, top1_agreement
-        from compiler.quantise import count_integer_kernels
+        from compiler.quantise import count_integer_kernels, count_quantised_layers
 
         found = tensor_model.run_batches(model.path(MODEL), load(given.path("inputs.npz")), arithmetic)
         wanted = load(expected.path("answers.npz"))
@@ -217,9 +218,9 @@ def measure(
         figures = {"cosine": mean_cosine(wanted[name], found[name])}
         if wanted[name].ndim == 2 and wanted[name].shape[1] > 1:
             figures["top1_agreement"] = top1_agreement(wanted[name], found[name])
-        if count_kernels:
-            integer, floating = count_integer_kernels(model.path(MODEL))
-            figures |= {"integer_kernels": integer, "float_kernels": floating}
+        if is_8_bit:
+            count = count_quantised_layers if kernels == "gpu" else count_integer_kernels
+            figures["integer_layers"], figures["float_layers"] = count(model.path(MODEL))
         (to / "figures.json").write_text(json.dumps(figures))
 
     built = shop.run(Stage("measure", decided, ("numpy", "onnxruntime"), build), "comparing with the source model")
