@@ -48,8 +48,11 @@ def language_notes(
     notes = [f"tensor.{name}: no effect, this is a language model" for name in _set(recipe.tensor)]
     language = recipe.language
     is_small = precision in ("int4", "int8")
-    if "algorithm" in language.model_fields_set and precision != "int4":
-        notes.append(f"language.algorithm: no effect on {precision}")
+    for name in ("algorithm", "eight_bit_rungs"):
+        if name in language.model_fields_set and precision != "int4":
+            notes.append(f"language.{name}: no effect on {precision}")
+    if "eight_bit_rungs" in language.model_fields_set and provider != "cpu":
+        notes.append(f"language.eight_bit_rungs: no effect on a graph for {provider}")
     for name in language.builder_options:
         if not is_small:
             notes.append(f"language.builder_options.{name}: no effect on {precision}")

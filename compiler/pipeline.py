@@ -9,7 +9,7 @@ manifest. Nothing is uploaded or signed here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from compiler.modelopt import ModelOpt, find_modelopt
 from compiler.options import builder_options, language_notes, tensor_notes
 from compiler.package import Part, package
 from compiler.progress import Progress, Report, StageTimes
-from compiler.recipe import Recipe
+from compiler.recipe import LanguageRecipe, Recipe
 from compiler.targets import Target
 from compiler.tensor_model import Signature, fit_vision
 from compiler.tensor_stages import TensorSource
@@ -232,7 +232,7 @@ class _Candidates:
             self.notes.append("not an image model and no data given: nothing to calibrate with, numbers stay float")
             self.precision = "fp32"
 
-    def candidates(self) -> Any:
+    def candidates(self) -> Iterator[Built]:
         """Graphs, built when they are asked for."""
         if self.precision == "fp32":
             yield self._source.cleaned
@@ -241,7 +241,7 @@ class _Candidates:
         else:
             yield from self._eight_bits()
 
-    def _eight_bits(self) -> Any:
+    def _eight_bits(self) -> Iterator[Built]:
         recipe, shop, source = self._recipe.tensor, self._shop, self._source
         samples = tensor_stages.inputs(shop, source, "calibration", recipe.calibration_crops)
         if self.precision == "fp8" or recipe.quantiser == "modelopt":
@@ -282,24 +282,19 @@ def _compile_language(job: CompileJob, recipe: Recipe, shop: Workshop, report: R
     fingerprint = _fingerprint(job, source, shop, digest)
     language = recipe.language
     precision, provider = language.precision or "fp32", job.target.language.provider
-    options = builder_options(language)
-    built = language_stages.build_genai(shop, source, fingerprint, precision, provider, options)
+    built = language_stages.build_genai(shop, source, fingerprint, precision, provider, builder_options(language))
+    notes = language_notes(job.recipe, shop, source, fingerprint, precision, provider, built)
     reference = language_stages.source_logits(shop, source, fingerprint, language.gate_tokens)
-    figures = language_stages.measure(shop, built, reference)
-    folder = built.path(language_stages.MODEL)
-    size = _size_bytes(folder)
-    gates = [
-        gate("perplexity_ratio", figures["perplexity_ratio"], "<=", language.max_perplexity_ratio),
-        gate("kl_nats", figures["kl_nats"], "<=", language.max_kl),
-        gate("greedy_agreement", figures["greedy_agreement"], ">=", language.min_greedy_agreement),
-        gate(
-            "size_ratio",
-            size / max(1, _size_bytes(source)),
-            "<=",
-            3.0 if precision == "fp32" else recipe.max_size_ratio,
-        ),
-    ]
-    shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
+    gates: list[GateResult] = []
+    size = 0
+    for candidate in _mixed_bits(shop, source, fingerprint, language, provider, built):
+        figures = language_stages.measure(shop, candidate, reference)
+        size = _size_bytes(candidate.path(language_stages.MODEL))
+        gates = _judge_language(figures, size / max(1, _size_bytes(source)), recipe)
+        shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
+        built = candidate
+        if all(result.passed for result in gates):
+            break
     require_all(gates)
     golden = language_stages.golden(shop, built)
     config = language_stages.limited_config(shop, built, language.context_tokens)
@@ -328,8 +323,30 @@ def _compile_language(job: CompileJob, recipe: Recipe, shop: Workshop, report: R
         vision=None,
         context_tokens=context,
         memory_bytes=_language_memory_bytes(config.read_json(language_stages.CONFIG), size, context),
-        notes=language_notes(job.recipe, shop, source, fingerprint, precision, provider, built),
+        notes=notes,
     )
+
+
+def _mixed_bits(
+    shop: Workshop, source: Path, fingerprint: str, language: LanguageRecipe, provider: str, built: Built
+) -> Iterator[Built]:
+    """`built`, then with more and more 8-bit layers; what a graph does not have is not tried."""
+    yield built
+    if language.precision != "int4" or provider != "cpu":
+        return
+    for rung in filter(None, language.eight_bit_rungs):
+        eight = language_stages.build_genai(shop, source, fingerprint, "int8", provider, {"algo_config": "k_quant"})
+        yield language_stages.raise_bits(shop, built, eight, rung)
+
+
+def _judge_language(figures: Mapping[str, float], size_ratio: float, recipe: Recipe) -> list[GateResult]:
+    language = recipe.language
+    return [
+        gate("perplexity_ratio", figures["perplexity_ratio"], "<=", language.max_perplexity_ratio),
+        gate("kl_nats", figures["kl_nats"], "<=", language.max_kl),
+        gate("greedy_agreement", figures["greedy_agreement"], ">=", language.min_greedy_agreement),
+        gate("size_ratio", size_ratio, "<=", 3.0 if language.precision == "fp32" else recipe.max_size_ratio),
+    ]
 
 
 def _language_memory_bytes(config: Mapping[str, Any], size_bytes: int, context_tokens: int) -> int:

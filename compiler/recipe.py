@@ -15,6 +15,7 @@ from compiler.targets import FIRST_FP8_CAPABILITY, LanguagePrecision, Target, Te
 from model_registry.manifest import canonical_bytes, sha256
 from wire.errors import InvalidInputError
 
+Projection = Literal["attention", "down", "gate-up"]
 Share = Annotated[float, Field(ge=0, le=1)]
 BuilderOption = Literal["accuracy_level", "block_size", "fuse_qkv", "is_symmetric", "shared_embeddings"]
 """Options of the model builder that shape the graph. It accepts any word, also ones that load foreign code; so only
@@ -49,11 +50,20 @@ class TensorRecipe(_Strict):
 
 
 class LanguageRecipe(_Strict):
-    """For language models. `algorithm` is how 4-bit weights are chosen; the mixed ones keep a few layers at 8 bits."""
+    """For language models. `algorithm` is how 4-bit weights are chosen; the mixed ones keep a few layers at 8 bits.
+
+    `eight_bit_rungs` are tried in order until the gates hold: which projections have 8 bits in every block besides.
+    """
 
     precision: LanguagePrecision | None = None
     algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed"] = "k_quant_mixed"
     builder_options: Annotated[dict[BuilderOption, bool | int], Field(max_length=8)] = {}
+    eight_bit_rungs: Annotated[list[Annotated[list[Projection], Field(max_length=3)]], Field(max_length=8)] = [
+        [],
+        ["attention"],
+        ["attention", "down"],
+        ["attention", "down", "gate-up"],
+    ]
     context_tokens: Annotated[int, Field(ge=128, le=131072)] = 2048
     gate_tokens: Annotated[int, Field(ge=128, le=65536)] = 1024
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=100)] = 1.25
