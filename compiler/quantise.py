@@ -8,6 +8,7 @@ that ONNX Runtime really executes.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -26,6 +27,7 @@ BATCH = 8
 Array = np.ndarray[Any, Any]
 PREPARED = "prepared.onnx"
 RANGES = "ranges.json"
+LAYERS = "layers.json"
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 _INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
@@ -44,7 +46,7 @@ class _Batches(CalibrationDataReader):
 
 
 def calibrate(source: Path, out: Path, samples: Mapping[str, Array]) -> None:
-    """Write the graph prepared for quantisation and the ranges of its values for `samples` into the folder `out`.
+    """Write the graph prepared for quantisation, its layers with weights and its values' ranges into the folder `out`.
 
     `samples` are [num_samples, ...] by input.
     """
@@ -59,6 +61,8 @@ def calibrate(source: Path, out: Path, samples: Mapping[str, Array]) -> None:
             calibration_cache_path=str(out / RANGES),
             extra_options=_CALIBRATION,
         )
+    graph = onnx.load(str(prepared), load_external_data=False).graph
+    (out / LAYERS).write_text(json.dumps([node.name for node in graph.node if node.op_type in WEIGHTED]))
 
 
 def quantise(calibrated: Path, out: Path, scheme: TensorScheme, floats: Collection[str] = ()) -> None:
