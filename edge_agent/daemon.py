@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_agent.config import Home, Profile
 from wire.errors import InvalidInputError
-from wire.exposure import is_loopback
+from wire.exposure import is_loopback, listen
 
 SHUTDOWN_S = 5
 
@@ -48,8 +48,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None:
-    import socket
-
     import uvicorn
 
     from edge_agent.agent import Agent
@@ -67,7 +65,7 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
     trust = open_trust(home, identity, credentials.context)
     agent = Agent(home, profile, identity, credentials, keys, trust)
     cloud = Cloud(identity.gateway_url, identity.device_token)
-    listener = socket.create_server((host, port), backlog=128)
+    listener = listen(host, port)
     address = listener.getsockname()
     agent.local_url = f"http://{address[0]}:{address[1]}"
     settings = uvicorn.Config(

@@ -20,8 +20,8 @@ from cloud.control.listeners import DeviceServer, device_config, people_config
 from cloud.control.plane import ControlPlane
 from cloud.control.settings import Settings
 from cloud.ports import Ports
-from wire.errors import InvalidInputError, UnavailableError
-from wire.exposure import require_tls_off_loopback
+from wire.errors import InvalidInputError
+from wire.exposure import listen, require_tls_off_loopback
 from wire.process import die_with_parent, write_port_file
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -99,7 +99,7 @@ def cloud(
     home = home.expanduser().resolve()
     home.mkdir(parents=True, exist_ok=True)
     ports = Ports(home / "ports.json", device_host)
-    people, devices = _listen(host, port), _listen(device_host, device_port or ports.get("devices"))
+    people, devices = listen(host, port), listen(device_host, device_port or ports.get("devices"))
     application = create_app(
         Settings(
             home=home, database_url=database_url, blob_url=blob_url,
@@ -121,12 +121,3 @@ def _tls_files(host: str, certificate: Path | None, key: Path | None) -> tuple[P
     if (certificate is None) != (key is None):
         raise InvalidInputError("one of --tls-cert and --tls-key is missing", remedy="give both")
     return (certificate, key) if certificate and key else None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
-        )
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port}: {error}", remedy="choose another port") from error

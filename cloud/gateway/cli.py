@@ -20,8 +20,8 @@ from cloud.gateway.auth import Authenticator, ControlPlaneTokens, FileTokens
 from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet, WorkerSpec, parse_worker
 from cloud.gateway.text import ChatTokenizer
-from wire.errors import InvalidInputError, UnavailableError
-from wire.exposure import is_loopback, require_tls_off_loopback
+from wire.errors import InvalidInputError
+from wire.exposure import is_loopback, listen, require_tls_off_loopback
 from wire.process import die_with_parent, write_port_file
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -92,10 +92,7 @@ async def _serve(
         server_header=False, ssl_certfile=tls[0], ssl_keyfile=tls[1],
     )  # fmt: skip
     server = _Server(config)
-    try:
-        listener = socket.create_server((host, port), backlog=512)
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}:{port}: {error}", remedy="choose another port") from error
+    listener = listen(host, port)
     announcer = asyncio.create_task(_announce(server, listener, host, port_file), name="announce")
     try:
         await server.serve(sockets=[listener])

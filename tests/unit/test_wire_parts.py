@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -19,7 +21,15 @@ from hypothesis import strategies as st
 from wire import decision, errors, process, topics
 from wire.decision import Candidate, Input, decide, rank, score
 from wire.envelope import MAX_SIGNATURES, Envelope, Signature, key_id, open_envelope, parse_envelope, sign
-from wire.errors import ForeshoreError, InvalidInputError, MissingExtraError, SignatureError, TooLargeError
+from wire.errors import (
+    ForeshoreError,
+    InvalidInputError,
+    MissingExtraError,
+    SignatureError,
+    TooLargeError,
+    UnavailableError,
+)
+from wire.exposure import listen
 from wire.frames import HEADER, MAX_BODY_BYTES, ChunkFrame, Codec, parse_frame
 
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -208,3 +218,25 @@ def _runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_a_connection_of_a_listener_sends_at_once() -> None:
+    async def accepted() -> int:
+        sent_at_once = asyncio.get_running_loop().create_future()
+
+        def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            sent_at_once.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(greet, sock=listen("127.0.0.1", 0)) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.close()
+            return int(await sent_at_once)
+
+    assert asyncio.run(accepted()) == 1
+
+
+def test_a_taken_port_is_named() -> None:
+    with listen("127.0.0.1", 0) as first, pytest.raises(UnavailableError, match=str(first.getsockname()[1])):
+        listen("127.0.0.1", first.getsockname()[1])
