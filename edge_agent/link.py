@@ -120,6 +120,7 @@ class Connection:
             properties.WillDelayInterval = will.delay_s
             client.will_set(will.topic, will.payload, qos=1, retain=True, properties=properties)
         client.on_socket_open = _send_at_once
+        client.on_socket_register_write = _leave_writing_to_the_loop
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -178,3 +179,11 @@ class Connection:
 def _send_at_once(_client: mqtt.Client, _data: object, connection: socket.socket) -> None:
     """No Nagle: an acknowledgement that waits for the peer's delayed ACK would cost 40 ms per chunk."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _leave_writing_to_the_loop(_client: mqtt.Client, _data: object, _connection: socket.socket) -> None:
+    """Nothing to do: `loop_forever` is woken by what is queued.
+
+    Without this callback paho writes in whatever thread publishes. OpenSSL does not stand a write beside the loop's
+    read on one connection: the broker saw broken records, and the process died of a damaged heap.
+    """

@@ -199,6 +199,10 @@ class Plane:
         self._client.publish(topics.device(TENANT, DEVICE, "desired"), self.assignment, qos=1, retain=True)
         return self.generation
 
+    def tell(self, topic: str, payload: bytes) -> None:
+        """Publish with QoS 1."""
+        self._client.publish(topic, payload, qos=1)
+
     def await_report(self, check: Callable[[dict[str, Any]], bool], timeout_s: float = 40) -> dict[str, Any]:
         """The first report that passes `check`."""
         until = time.monotonic() + timeout_s
