@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 import torch
 
-from compiler.gates import mean_kl, perplexity, top1_agreement
+from compiler.prompt_set import Answers, ask_source
 from compiler.tools import ToolCrashedError, run_tool
 from wire.errors import ForeshoreError, UnsupportedModelError
 
@@ -40,10 +40,11 @@ class BuilderError(ForeshoreError):
 
 @dataclass(frozen=True)
 class Held:
-    """Held text as tokens [windows, length] with the source's logits [windows, length, vocabulary] for it."""
+    """Held text as tokens [windows, length], the source's logits [windows, length, vocabulary], its answers."""
 
     tokens: Array
     logits: Array
+    answers: Answers
 
 
 def build_genai(
@@ -109,7 +110,7 @@ def source_logits(source: Path, num_tokens: int) -> Held:
     tokens = ids[: windows * length].reshape(windows, length).astype(np.int64)
     with torch.inference_mode():
         logits = np.concatenate([model(torch.from_numpy(row[None])).logits.float().numpy() for row in tokens])
-    return Held(tokens, logits)
+    return Held(tokens, logits, ask_source(model, tokenizer))
 
 
 def _load_source(source: Path) -> Any:
@@ -129,7 +130,10 @@ def _load_source(source: Path) -> Any:
 
 
 def artefact_logits(folder: Path, tokens: Array) -> Array:
-    """Logits [windows, length, vocabulary] of the built model for `tokens`, through plain ONNX Runtime."""
+    """Logits [windows, length, vocabulary] of the built model for `tokens`, through plain ONNX Runtime.
+
+    Each window is read in two runs: the second half sees the first through the KV cache alone, as decoding does.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
@@ -147,22 +151,22 @@ def artefact_logits(folder: Path, tokens: Array) -> Array:
         if item.name.startswith("past_key_values")
     }
     names = {item.name for item in session.get_inputs()}
-    rows = []
-    for row in tokens:
-        feeds = {"input_ids": row[None], "attention_mask": np.ones((1, len(row)), np.int64), **past}
-        if "position_ids" in names:
-            feeds["position_ids"] = np.arange(len(row), dtype=np.int64)[None]
-        rows.append(session.run(["logits"], feeds)[0].astype(np.float32))
+    rows = [_read_in_two(session, row, past, has_positions="position_ids" in names) for row in tokens]
     return np.concatenate(rows)
 
 
-def compare(held: Held, logits: Array) -> dict[str, float]:
-    """Perplexity ratio, divergence in nats and agreement of the greedy choice against the source."""
-    return {
-        "perplexity_ratio": perplexity(logits, held.tokens) / perplexity(held.logits, held.tokens),
-        "kl_nats": mean_kl(held.logits, logits),
-        "greedy_agreement": top1_agreement(held.logits, logits),
-    }
+def _read_in_two(session: Any, row: Array, past: Mapping[str, Array], *, has_positions: bool) -> Array:
+    outputs = [output.name for output in session.get_outputs()]
+    pieces, start = [], 0
+    for end in dict.fromkeys((max(1, len(row) // 2), len(row))):
+        feeds = {"input_ids": row[None, start:end], "attention_mask": np.ones((1, end), np.int64), **past}
+        if has_positions:
+            feeds["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
+        found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        pieces.append(found["logits"].astype(np.float32))
+        past = {name: found[name.replace("past_key_values", "present")] for name in past}
+        start = end
+    return np.concatenate(pieces, axis=1)
 
 
 def golden_cases(folder: Path) -> list[dict[str, list[int]]]:

@@ -81,25 +81,30 @@ def source_logits(shop: Workshop, source: Path, fingerprint: str, num_tokens: in
         held = language_model.source_logits(source, num_tokens)
         np.save(to / "tokens.npy", held.tokens)
         np.save(to / "logits.npy", held.logits.astype(np.float32))
+        held.answers.save(to / "answers.json")
 
-    return shop.run(Stage("source-logits", decided, ("torch", "transformers"), build), "the source reads held text")
+    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=2)
+    return shop.run(stage, "the source reads held text and answers prompts")
 
 
 def measure(shop: Workshop, model: Built, reference: Built) -> dict[str, float]:
-    """Perplexity ratio, divergence and greedy agreement of the artefact against the source, on the CPU."""
+    """Figures of the artefact against the source on held text and the prompt set, on the CPU."""
     decided = {"model": model.digest, "reference": reference.digest, "machine": platform.machine()}
 
     def build(to: Path) -> None:
         import numpy as np
 
-        from compiler import language_model
+        from compiler import language_model, metrics, prompt_set
 
         tokens = np.load(reference.path("tokens.npy"))
-        held = language_model.Held(tokens, np.load(reference.path("logits.npy"), mmap_mode="r"))
-        figures = language_model.compare(held, language_model.artefact_logits(model.path(MODEL), tokens))
+        logits = np.load(reference.path("logits.npy"), mmap_mode="r")
+        figures = metrics.language_figures(logits, language_model.artefact_logits(model.path(MODEL), tokens), tokens)
+        wanted = prompt_set.Answers.load(reference.path("answers.json"))
+        figures |= prompt_set.prompt_figures(wanted, prompt_set.ask_artefact(model.path(MODEL), wanted.prompts))
         (to / "figures.json").write_text(json.dumps(figures))
 
-    built = shop.run(Stage("measure", decided, ("numpy", "onnxruntime"), build), "the artefact reads held text")
+    stage = Stage("measure", decided, ("numpy", "onnxruntime", "onnxruntime-genai"), build, version=2)
+    built = shop.run(stage, "the artefact reads held text and answers prompts")
     return dict(built.read_json("figures.json"))
 
 

@@ -18,10 +18,12 @@ from compiler import language_stages, tensor_stages
 from compiler.cache import BuildCache, Built, Stage
 from compiler.engine_stage import ENGINE_FILE, add_engine
 from compiler.fingerprint import fingerprint_source
-from compiler.gates import gate, require_all
+from compiler.gates import budget_gates, gate, language_gates, require_all, tensor_gates
+from compiler.latency import measure_latency_ms
 from compiler.modelopt import ModelOpt, find_modelopt
 from compiler.options import builder_options, language_notes, tensor_notes
 from compiler.package import Part, package
+from compiler.processor import tensor_kernels
 from compiler.progress import Progress, Report, StageTimes
 from compiler.recipe import LanguageRecipe, Recipe
 from compiler.targets import Target
@@ -193,9 +195,11 @@ def _compile_tensor(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt: M
         shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
         if all(result.passed for result in gates):
             break
+    size = graph.path(tensor_stages.MODEL).stat().st_size
+    memory = 3 * size + RUNTIME_OVERHEAD_BYTES
+    gates += _judge_budget(job.target, memory, graph, given)
     require_all(gates)
     golden = tensor_stages.golden(shop, source, job.golden)
-    size = graph.path(tensor_stages.MODEL).stat().st_size
     return _Model(
         parts=[
             Part("model.onnx", graph.path(tensor_stages.MODEL), graph.files[tensor_stages.MODEL]),
@@ -214,7 +218,7 @@ def _compile_tensor(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt: M
         ),
         vision=source.vision,
         context_tokens=0,
-        memory_bytes=3 * size + RUNTIME_OVERHEAD_BYTES,
+        memory_bytes=memory,
         notes=(*built.notes, *tensor_notes(job.recipe, built.precision)),
     )
 
@@ -257,9 +261,7 @@ class _Candidates:
 
 
 def _judge_tensor(figures: Mapping[str, float], graph: Built, recipe: Recipe, source_bytes: int) -> list[GateResult]:
-    results = [gate("cosine", figures["cosine"], ">=", recipe.tensor.min_cosine)]
-    if "top1_agreement" in figures:
-        results.append(gate("top1_agreement", figures["top1_agreement"], ">=", recipe.tensor.min_top1_agreement))
+    results = tensor_gates(figures, recipe.tensor)
     size = graph.path(tensor_stages.MODEL).stat().st_size
     results.append(gate("size_ratio", size / source_bytes, "<=", recipe.max_size_ratio))
     if "integer_layers" in figures:
@@ -267,6 +269,17 @@ def _judge_tensor(figures: Mapping[str, float], graph: Built, recipe: Recipe, so
         share = integer / max(1, integer + floating)
         results.append(gate("integer_layer_share", share, ">=", MIN_INTEGER_LAYER_SHARE))
     return results
+
+
+def _judge_budget(target: Target, memory_bytes: int, graph: Built, given: Built) -> list[GateResult]:
+    """Latency is judged only where this machine has the target's arithmetic; elsewhere the device's probe tells."""
+    figures, budget = {"memory_bytes": float(memory_bytes)}, target.budget
+    if target.tensor_kernels != tensor_kernels():
+        budget = budget.model_copy(update={"latency_ms": None})
+    elif budget.latency_ms is not None:
+        inputs = tensor_stages.load(given.path("inputs.npz"))
+        figures["latency_ms"] = measure_latency_ms(graph.path(tensor_stages.MODEL), inputs)
+    return budget_gates(figures, budget)
 
 
 # language models
@@ -295,10 +308,12 @@ def _compile_language(job: CompileJob, recipe: Recipe, shop: Workshop, report: R
         built = candidate
         if all(result.passed for result in gates):
             break
-    require_all(gates)
-    golden = language_stages.golden(shop, built)
     config = language_stages.limited_config(shop, built, language.context_tokens)
     context = int(config.read_json(language_stages.CONFIG)["model"]["context_length"])
+    memory = _language_memory_bytes(config.read_json(language_stages.CONFIG), size, context)
+    gates += budget_gates({"memory_bytes": memory}, job.target.budget.model_copy(update={"latency_ms": None}))
+    require_all(gates)
+    golden = language_stages.golden(shop, built)
     parts = [
         Part(path.removeprefix("model/"), built.path(path), digest)
         for path, digest in built.files.items()
@@ -322,7 +337,7 @@ def _compile_language(job: CompileJob, recipe: Recipe, shop: Workshop, report: R
         ),
         vision=None,
         context_tokens=context,
-        memory_bytes=_language_memory_bytes(config.read_json(language_stages.CONFIG), size, context),
+        memory_bytes=memory,
         notes=notes,
     )
 
@@ -340,13 +355,8 @@ def _mixed_bits(
 
 
 def _judge_language(figures: Mapping[str, float], size_ratio: float, recipe: Recipe) -> list[GateResult]:
-    language = recipe.language
-    return [
-        gate("perplexity_ratio", figures["perplexity_ratio"], "<=", language.max_perplexity_ratio),
-        gate("kl_nats", figures["kl_nats"], "<=", language.max_kl),
-        gate("greedy_agreement", figures["greedy_agreement"], ">=", language.min_greedy_agreement),
-        gate("size_ratio", size_ratio, "<=", 3.0 if language.precision == "fp32" else recipe.max_size_ratio),
-    ]
+    limit = 3.0 if recipe.language.precision == "fp32" else recipe.max_size_ratio
+    return [*language_gates(figures, recipe.language), gate("size_ratio", size_ratio, "<=", limit)]
 
 
 def _language_memory_bytes(config: Mapping[str, Any], size_bytes: int, context_tokens: int) -> int:

@@ -44,7 +44,10 @@ class TensorRecipe(_Strict):
         24,
     ]
     min_top1_agreement: Share = 0.85
+    min_worst_slice_agreement: Share = 0.5  # of the source's classes with at least 8 cases
     min_cosine: Share = 0.98
+    max_relative_error: Annotated[float, Field(ge=0, le=100)] = 0.3
+    max_top1_drop: Share = 0.02  # only where the data have labels
     golden_min_top1_agreement: Share = 0.65
     golden_min_cosine: Share = 0.85
 
@@ -68,7 +71,9 @@ class LanguageRecipe(_Strict):
     gate_tokens: Annotated[int, Field(ge=128, le=65536)] = 1024
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=100)] = 1.25
     max_kl: Annotated[float, Field(ge=0, le=100)] = 0.25
+    max_worst_slice_kl: Annotated[float, Field(ge=0, le=100)] = 0.5  # of the windows of held text
     min_greedy_agreement: Share = 0.7
+    min_exact_match: Share = 0.3  # of the prompt set
     golden_min_token_agreement: Share = 0.5
 
 

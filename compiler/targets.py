@@ -58,6 +58,13 @@ class EngineTarget(_Strict):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
 
 
+class Budget(_Strict):
+    """What the devices of a class have to give to one model; None is no limit."""
+
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    memory_bytes: Annotated[int, Field(gt=0)] | None = None
+
+
 class Target(_Strict):
     """One class of devices.
 
@@ -73,6 +80,7 @@ class Target(_Strict):
     tensor: TensorScheme = TensorScheme()
     language: LanguageScheme = LanguageScheme()
     engine: EngineTarget | None = None
+    budget: Budget = Budget()
 
 
 def parse_target(document: Any) -> Target:

@@ -196,7 +196,7 @@ def cast(shop: Workshop, cleaned: Built) -> Built:
 def measure(
     shop: Workshop, model: Built, given: Built, expected: Built, kernels: str, *, is_8_bit: bool
 ) -> dict[str, float]:
-    """Figures of an artefact against the source: cosine, top-1 agreement and, for 8 bits, integer and float layers.
+    """Figures of an artefact against the source (`metrics.tensor_figures`) and, for 8 bits, integer and float layers.
 
     `kernels` names the target's arithmetic; where this machine has another, the graph's own definition is judged.
     Layers of a GPU's graph are counted by its Q/DQ nodes, those of a processor's in the graph that ONNX Runtime makes.
@@ -212,21 +212,20 @@ def measure(
     }
 
     def build(to: Path) -> None:
-        from compiler.gates import mean_cosine, top1_agreement
+        from compiler.metrics import tensor_figures
         from compiler.quantise import count_integer_kernels, count_quantised_layers
 
         found = tensor_model.run_batches(model.path(MODEL), load(given.path("inputs.npz")), arithmetic)
         wanted = load(expected.path("answers.npz"))
         name = next(iter(wanted))
-        figures = {"cosine": mean_cosine(wanted[name], found[name])}
-        if wanted[name].ndim == 2 and wanted[name].shape[1] > 1:
-            figures["top1_agreement"] = top1_agreement(wanted[name], found[name])
+        figures = tensor_figures(wanted[name], found[name])
         if is_8_bit:
             count = count_quantised_layers if kernels == "gpu" else count_integer_kernels
             figures["integer_layers"], figures["float_layers"] = count(model.path(MODEL))
         (to / "figures.json").write_text(json.dumps(figures))
 
-    built = shop.run(Stage("measure", decided, ("numpy", "onnxruntime"), build), "comparing with the source model")
+    stage = Stage("measure", decided, ("numpy", "onnxruntime"), build, version=2)
+    built = shop.run(stage, "comparing with the source model")
     return dict(built.read_json("figures.json"))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from compiler.cache import BuildCache, Stage
-from compiler.gates import gate, mean_cosine, mean_kl, perplexity, require_all, top1_agreement
+from compiler.gates import gate, require_all
+from compiler.metrics import mean_cosine, mean_kl, perplexity, top1_agreement
 from compiler.recipe import parse_recipe
 from compiler.targets import TARGETS_FOLDER, load_target, load_targets, parse_target
 from wire.errors import GateFailedError, InvalidInputError, NotFoundError
