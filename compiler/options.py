@@ -16,7 +16,7 @@ from compiler.cache import Built
 from compiler.recipe import LanguageRecipe, Recipe
 from compiler.workshop import Workshop
 
-_FOR_8_BITS = ("calibration_crops", "float_rungs", "quantiser")
+_FOR_8_BITS = ("calibration_crops", "float_rungs", "quantiser", "search")
 
 
 def builder_options(recipe: LanguageRecipe) -> dict[str, Any]:
@@ -35,7 +35,11 @@ def tensor_notes(recipe: Recipe, precision: str) -> tuple[str, ...]:
     if precision not in ("int8", "fp8"):
         notes += [f"tensor.{name}: no effect on {precision}" for name in _set(recipe.tensor) if name in _FOR_8_BITS]
     if recipe.tensor.quantiser == "modelopt" or precision == "fp8":
-        notes += [f"tensor.{name}: no effect with ModelOpt" for name in _set(recipe.tensor) if name == "float_rungs"]
+        notes += [
+            f"tensor.{name}: no effect with ModelOpt"
+            for name in _set(recipe.tensor)
+            if name in ("float_rungs", "search")
+        ]
     return tuple(notes)
 
 

@@ -30,7 +30,8 @@ class TensorRecipe(_Strict):
     """For classifiers and other tensor models.
 
     `float_rungs` are tried in order until the gates hold: how many of the first layers stay float. Early layers of
-    depthwise networks lose most by 8 bits and cost least as floats.
+    depthwise networks lose most by 8 bits and cost least as floats. If none holds, `search` looks for the layers that
+    must stay float, which takes up to 3 * sqrt(layers) + 10 more tries.
     """
 
     precision: TensorPrecision | None = None
@@ -43,9 +44,11 @@ class TensorRecipe(_Strict):
         12,
         24,
     ]
+    search: bool = True
     min_top1_agreement: Share = 0.85
     min_worst_slice_agreement: Share = 0.5  # of the source's classes with at least 8 cases
     min_cosine: Share = 0.98
+    min_integer_layer_share: Share = 0.6  # of the layers with weights, where numbers have 8 bits
     max_relative_error: Annotated[float, Field(ge=0, le=100)] = 0.3
     max_top1_drop: Share = 0.02  # only where the data have labels
     golden_min_top1_agreement: Share = 0.65

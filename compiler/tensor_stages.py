@@ -150,7 +150,7 @@ def calibrate(shop: Workshop, cleaned: Built, samples: Built) -> Built:
 
 
 def quantise(shop: Workshop, calibrated: Built, scheme: TensorScheme, floats: int | Sequence[str]) -> Built:
-    """8 bits by ONNX Runtime's quantiser; the first so many layers, or the named ones, stay float."""
+    """8 bits by ONNX Runtime's quantiser; the first so many layers, or the named ones, stay float to the next one."""
     parts = scheme.model_dump(include={"activations", "reduce_range", "quantise_bias"})
     named = floats if isinstance(floats, int) else sorted(floats)
     decided = {"calibrated": calibrated.digest, "scheme": parts, "float_layers": named}
@@ -158,8 +158,7 @@ def quantise(shop: Workshop, calibrated: Built, scheme: TensorScheme, floats: in
     def build(to: Path) -> None:
         from compiler import quantise as tool
 
-        names = tool.first_layers(calibrated.folder, floats) if isinstance(floats, int) else floats
-        tool.quantise(calibrated.folder, to / MODEL, scheme, names)
+        tool.quantise(calibrated.folder, to / MODEL, scheme, tool.float_nodes(calibrated.folder, floats))
 
     num_floats = floats if isinstance(floats, int) else len(floats)
     return shop.run(Stage("quantise", decided, _QUANTISER_TOOLS, build), f"8 bits, {num_floats} layers float")
