@@ -33,7 +33,7 @@ _LANGUAGE_PLAN = ("fingerprint", "genai", "source-logits", "measure", "golden", 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A finished artefact: the manifest describes exactly the files in `folder`. `stages` and `tried` are how it came."""
+    """A finished artefact: the manifest describes exactly the files in `folder`. `stages`, `tried`: how it came."""
 
     folder: Path
     manifest: Manifest
