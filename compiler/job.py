@@ -21,7 +21,8 @@ from wire.process import die_with_parent
 def run(request: dict[str, Any], say: Any) -> None:
     """Compile what `request` describes and `say` how it goes; every failure is said, none is raised."""
     from compiler.cache import BuildCache  # heavy imports after the parent's death is noticed
-    from compiler.pipeline import CompileJob, compile_model
+    from compiler.compile_job import CompileJob
+    from compiler.pipeline import compile_model
     from compiler.recipe import parse_recipe
     from compiler.targets import parse_target
     from model_registry.manifest import Vision

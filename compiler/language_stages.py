@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compiler.cache import Built, Stage
@@ -19,6 +19,7 @@ from wire.errors import GateFailedError
 MODEL = "model"
 GOLDEN = "golden.json"
 CONFIG = "genai_config.json"
+_PROJECTIONS = {"attention": ("/attn/",), "down": ("/down_proj/",), "gate-up": ("/gate_", "/up_proj/")}
 _IMPORT_TOOLS = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
 _BUILD_TOOLS = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
 
@@ -46,6 +47,21 @@ def build_genai(
         language_model.build_genai(source, to / MODEL, precision, provider, options)
 
     return shop.run(Stage("genai", decided, _BUILD_TOOLS, build), f"building {precision} weights for {provider}")
+
+
+def raise_bits(shop: Workshop, four: Built, eight: Built, projections: Sequence[str]) -> Built:
+    """The 4-bit model with the named projections of every block as in the 8-bit one."""
+    decided = {"four": four.digest, "eight": eight.digest, "projections": sorted(projections)}
+
+    def build(to: Path) -> None:
+        from compiler import mixed_bits
+
+        words = tuple(word for projection in projections for word in _PROJECTIONS[projection])
+        bits = mixed_bits.layers_by_bits(four.path(MODEL))
+        layers = [layer for layer, width in bits.items() if width == 4 and any(word in layer for word in words)]
+        mixed_bits.raise_to_eight_bits(four.path(MODEL), eight.path(MODEL), layers, to / MODEL)
+
+    return shop.run(Stage("mix", decided, ("onnx",), build), f"8 bits for {', '.join(projections)}")
 
 
 def source_logits(shop: Workshop, source: Path, fingerprint: str, num_tokens: int) -> Built:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from compiler.cache import BuildCache
-from compiler.pipeline import Artefact, CompileJob, compile_model
+from compiler.compile_job import CompileJob
+from compiler.pipeline import Artefact, compile_model
 from compiler.recipe import Recipe
 from compiler.source_memo import SourceMemo
 from compiler.targets import Target

@@ -16,7 +16,7 @@ from compiler.cache import Built
 from compiler.recipe import LanguageRecipe, Recipe
 from compiler.workshop import Workshop
 
-_FOR_8_BITS = ("calibration_crops", "float_rungs", "quantiser")
+_FOR_8_BITS = ("calibration_crops", "float_rungs", "quantiser", "search")
 
 
 def builder_options(recipe: LanguageRecipe) -> dict[str, Any]:
@@ -35,7 +35,11 @@ def tensor_notes(recipe: Recipe, precision: str) -> tuple[str, ...]:
     if precision not in ("int8", "fp8"):
         notes += [f"tensor.{name}: no effect on {precision}" for name in _set(recipe.tensor) if name in _FOR_8_BITS]
     if recipe.tensor.quantiser == "modelopt" or precision == "fp8":
-        notes += [f"tensor.{name}: no effect with ModelOpt" for name in _set(recipe.tensor) if name == "float_rungs"]
+        notes += [
+            f"tensor.{name}: no effect with ModelOpt"
+            for name in _set(recipe.tensor)
+            if name in ("float_rungs", "search")
+        ]
     return tuple(notes)
 
 
@@ -48,8 +52,11 @@ def language_notes(
     notes = [f"tensor.{name}: no effect, this is a language model" for name in _set(recipe.tensor)]
     language = recipe.language
     is_small = precision in ("int4", "int8")
-    if "algorithm" in language.model_fields_set and precision != "int4":
-        notes.append(f"language.algorithm: no effect on {precision}")
+    for name in ("algorithm", "eight_bit_rungs"):
+        if name in language.model_fields_set and precision != "int4":
+            notes.append(f"language.{name}: no effect on {precision}")
+    if "eight_bit_rungs" in language.model_fields_set and provider != "cpu":
+        notes.append(f"language.eight_bit_rungs: no effect on a graph for {provider}")
     for name in language.builder_options:
         if not is_small:
             notes.append(f"language.builder_options.{name}: no effect on {precision}")

@@ -8,6 +8,7 @@ that ONNX Runtime really executes.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -26,6 +27,7 @@ BATCH = 8
 Array = np.ndarray[Any, Any]
 PREPARED = "prepared.onnx"
 RANGES = "ranges.json"
+LAYERS = "layers.json"
 WEIGHTED = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 _INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul")
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
@@ -44,7 +46,7 @@ class _Batches(CalibrationDataReader):
 
 
 def calibrate(source: Path, out: Path, samples: Mapping[str, Array]) -> None:
-    """Write the graph prepared for quantisation and the ranges of its values for `samples` into the folder `out`.
+    """Write the graph prepared for quantisation, its layers with weights and its values' ranges into the folder `out`.
 
     `samples` are [num_samples, ...] by input.
     """
@@ -59,6 +61,19 @@ def calibrate(source: Path, out: Path, samples: Mapping[str, Array]) -> None:
             calibration_cache_path=str(out / RANGES),
             extra_options=_CALIBRATION,
         )
+    (out / LAYERS).write_text(json.dumps(_segments(prepared)))
+
+
+def _segments(prepared: Path) -> dict[str, list[str]]:
+    """By layer with weights: it and the nodes after it up to the next one, in graph order; the first has all before."""
+    segments: dict[str, list[str]] = {}
+    before: list[str] = []
+    for node in onnx.load(str(prepared), load_external_data=False).graph.node:
+        before.append(node.name)
+        if node.op_type in WEIGHTED:
+            segments[node.name] = before if not segments else [node.name]
+            before = segments[node.name]
+    return segments
 
 
 def quantise(calibrated: Path, out: Path, scheme: TensorScheme, floats: Collection[str] = ()) -> None:
@@ -86,17 +101,11 @@ def quantise(calibrated: Path, out: Path, scheme: TensorScheme, floats: Collecti
     )
 
 
-def first_layers(calibrated: Path, num_layers: int) -> list[str]:
-    """Names of all nodes up to and including the `num_layers`-th one with weights, in graph order."""
-    names: list[str] = []
-    seen = 0
-    for node in onnx.load(str(calibrated / PREPARED), load_external_data=False).graph.node:
-        is_weighted = node.op_type in WEIGHTED
-        if seen == num_layers and (is_weighted or num_layers == 0):
-            break
-        seen += is_weighted
-        names.append(node.name)
-    return names
+def float_nodes(calibrated: Path, layers: int | Collection[str]) -> list[str]:
+    """Nodes that stay float so that the first so many layers with weights, or the named ones, do."""
+    segments: dict[str, list[str]] = json.loads((calibrated / LAYERS).read_bytes())
+    chosen = list(segments)[:layers] if isinstance(layers, int) else [name for name in segments if name in layers]
+    return [node for layer in chosen for node in segments[layer]]
 
 
 def cast_to_half(source: Path, out: Path) -> None:

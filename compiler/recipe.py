@@ -15,6 +15,7 @@ from compiler.targets import FIRST_FP8_CAPABILITY, LanguagePrecision, Target, Te
 from model_registry.manifest import canonical_bytes, sha256
 from wire.errors import InvalidInputError
 
+Projection = Literal["attention", "down", "gate-up"]
 Share = Annotated[float, Field(ge=0, le=1)]
 BuilderOption = Literal["accuracy_level", "block_size", "fuse_qkv", "is_symmetric", "shared_embeddings"]
 """Options of the model builder that shape the graph. It accepts any word, also ones that load foreign code; so only
@@ -29,7 +30,8 @@ class TensorRecipe(_Strict):
     """For classifiers and other tensor models.
 
     `float_rungs` are tried in order until the gates hold: how many of the first layers stay float. Early layers of
-    depthwise networks lose most by 8 bits and cost least as floats.
+    depthwise networks lose most by 8 bits and cost least as floats. If none holds, `search` looks for the layers that
+    must stay float, which takes up to 3 * sqrt(layers) + 10 more tries.
     """
 
     precision: TensorPrecision | None = None
@@ -42,9 +44,11 @@ class TensorRecipe(_Strict):
         12,
         24,
     ]
+    search: bool = True
     min_top1_agreement: Share = 0.85
     min_worst_slice_agreement: Share = 0.5  # of the source's classes with at least 8 cases
     min_cosine: Share = 0.98
+    min_integer_layer_share: Share = 0.6  # of the layers with weights, where numbers have 8 bits
     max_relative_error: Annotated[float, Field(ge=0, le=100)] = 0.3
     max_top1_drop: Share = 0.02  # only where the data have labels
     golden_min_top1_agreement: Share = 0.65
@@ -52,11 +56,20 @@ class TensorRecipe(_Strict):
 
 
 class LanguageRecipe(_Strict):
-    """For language models. `algorithm` is how 4-bit weights are chosen; the mixed ones keep a few layers at 8 bits."""
+    """For language models. `algorithm` is how 4-bit weights are chosen; the mixed ones keep a few layers at 8 bits.
+
+    `eight_bit_rungs` are tried in order until the gates hold: which projections have 8 bits in every block besides.
+    """
 
     precision: LanguagePrecision | None = None
     algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed"] = "k_quant_mixed"
     builder_options: Annotated[dict[BuilderOption, bool | int], Field(max_length=8)] = {}
+    eight_bit_rungs: Annotated[list[Annotated[list[Projection], Field(max_length=3)]], Field(max_length=8)] = [
+        [],
+        ["attention"],
+        ["attention", "down"],
+        ["attention", "down", "gate-up"],
+    ]
     context_tokens: Annotated[int, Field(ge=128, le=131072)] = 2048
     gate_tokens: Annotated[int, Field(ge=128, le=65536)] = 1024
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=100)] = 1.25

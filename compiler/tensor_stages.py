@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from model_registry.sources import hash_file
 from wire.errors import InvalidInputError
 
 MODEL = "model.onnx"
+LAYERS = "layers.json"
 GOLDEN = "golden.npz"
 MAX_GOLDEN_BYTES = 256 << 20
 MAX_DATA_BYTES = 2 << 30
@@ -144,22 +146,22 @@ def calibrate(shop: Workshop, cleaned: Built, samples: Built) -> Built:
 
         tool.calibrate(cleaned.path(MODEL), to, load(samples.path("inputs.npz")))
 
-    return shop.run(Stage("calibrate", decided, _QUANTISER_TOOLS, build), "collecting ranges")
+    return shop.run(Stage("calibrate", decided, _QUANTISER_TOOLS, build, version=2), "collecting ranges")
 
 
-def quantise(shop: Workshop, calibrated: Built, scheme: TensorScheme, num_float_layers: int) -> Built:
-    """8 bits by ONNX Runtime's quantiser; the first layers stay float."""
+def quantise(shop: Workshop, calibrated: Built, scheme: TensorScheme, floats: int | Sequence[str]) -> Built:
+    """8 bits by ONNX Runtime's quantiser; the first so many layers, or the named ones, stay float to the next one."""
     parts = scheme.model_dump(include={"activations", "reduce_range", "quantise_bias"})
-    decided = {"calibrated": calibrated.digest, "scheme": parts, "float_layers": num_float_layers}
+    named = floats if isinstance(floats, int) else sorted(floats)
+    decided = {"calibrated": calibrated.digest, "scheme": parts, "float_layers": named}
 
     def build(to: Path) -> None:
         from compiler import quantise as tool
 
-        floats = tool.first_layers(calibrated.folder, num_float_layers)
-        tool.quantise(calibrated.folder, to / MODEL, scheme, floats)
+        tool.quantise(calibrated.folder, to / MODEL, scheme, tool.float_nodes(calibrated.folder, floats))
 
-    what = f"8 bits, first {num_float_layers} layers float" if num_float_layers else "8 bits"
-    return shop.run(Stage("quantise", decided, _QUANTISER_TOOLS, build), what)
+    num_floats = floats if isinstance(floats, int) else len(floats)
+    return shop.run(Stage("quantise", decided, _QUANTISER_TOOLS, build), f"8 bits, {num_floats} layers float")
 
 
 def quantise_by_modelopt(shop: Workshop, cleaned: Built, samples: Built, precision: str, tool: ModelOpt) -> Built:

@@ -14,9 +14,7 @@ import httpx
 import pytest
 
 from tests.fakes.agent_plane import AgentProcess, Plane
-from tests.faults.agent_crashes import CrashRun
 from tests.faults.bad_models import BadModelRun
-from tests.faults.failing_disk import has_compiler
 from tests.faults.small_disk import SmallDiskRun, mounted
 from tests.faults.swap_load import SwapRun
 
@@ -41,19 +39,6 @@ def agent(plane: Plane, tmp_path: Path) -> Iterator[AgentProcess]:
     agent.start()
     yield agent
     agent.stop()
-
-
-@pytest.mark.skipif(not has_compiler(), reason="needs gcc for the failing disk")
-@pytest.mark.timeout(HOURS_S if ALL else 300)
-def test_no_kill_and_no_torn_write_leaves_a_device_without_its_model(tmp_path: Path) -> None:
-    run = CrashRun(tmp_path, seed=11)
-    try:
-        figures = run.run(*((2000, 500) if ALL else (70, 30)))
-    finally:
-        run.close()
-    assert figures.findings == []
-    assert figures.states_without_model == figures.wrong_digests == figures.stuck_updates == 0
-    assert figures.refetched_bytes_max == 0
 
 
 @pytest.mark.timeout(HOURS_S if ALL else 300)

@@ -28,8 +28,18 @@ OPTIONS_THAT_SHAPE: dict[str, tuple[str, Any]] = {
     "float_rungs": ("cpu-x86", [1]),
 }
 EVERYTHING = os.environ.get("FORESHORE_FAULTS") == "all"
-LIMITS = {"gate_crops", "min_top1_agreement", "min_cosine", "golden_min_top1_agreement", "golden_min_cosine"}
-TOLD = {"quantiser"}
+LIMITS = {
+    "gate_crops",
+    "golden_min_cosine",
+    "golden_min_top1_agreement",
+    "max_relative_error",
+    "max_top1_drop",
+    "min_cosine",
+    "min_integer_layer_share",
+    "min_top1_agreement",
+    "min_worst_slice_agreement",
+}
+TOLD = {"quantiser", "search"}
 
 
 @pytest.fixture(scope="module")
