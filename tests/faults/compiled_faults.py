@@ -216,19 +216,6 @@ LANGUAGE: dict[str, Edit] = {
 }
 
 
-def with_config(edit: Callable[[dict[str, Any]], None]) -> Callable[[Path, Path], Path]:
-    """A folder with another genai_config.json."""
-
-    def make(source: Path, out: Path) -> Path:
-        shutil.copytree(source, out)
-        document = json.loads((out / "genai_config.json").read_text())
-        edit(document)
-        (out / "genai_config.json").write_text(json.dumps(document))
-        return out
-
-    return make
-
-
 def wrong_tokenizer(source: Path, out: Path) -> Path:
     """A folder whose tokenizer splits numbers in groups: the right vocabulary, the wrong cuts."""
     shutil.copytree(source, out)
@@ -238,4 +225,13 @@ def wrong_tokenizer(source: Path, out: Path) -> Path:
     ]
     document["model"]["merges"] = document["model"]["merges"][:-2000]
     (out / "tokenizer.json").write_text(json.dumps(document))
+    return out
+
+
+def cut_weights(source: Path, out: Path) -> Path:
+    """A folder whose weights file lost its last part, as by a copy that broke off."""
+    shutil.copytree(source, out)
+    weights = out / "model.onnx.data"
+    with weights.open("rb+") as file:
+        file.truncate(weights.stat().st_size - (1 << 20))
     return out
