@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compiler.cache import Built, Stage
 from compiler.fingerprint import fingerprint_source
@@ -37,6 +38,20 @@ class CompileJob:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A graph that was built and judged on the way, whether it was taken or not."""
+
+    label: str
+    size_bytes: int
+    gates: tuple[GateResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        gates = [gate.model_dump() for gate in self.gates]
+        return {"label": self.label, "size_bytes": self.size_bytes, "gates": gates}
+
+
+@dataclass(frozen=True)
 class BuiltModel:
     """A built and judged model before packaging; `notes` say what a reader of the recipe would not expect."""
 
@@ -51,6 +66,7 @@ class BuiltModel:
     context_tokens: int
     memory_bytes: int
     notes: tuple[str, ...]
+    tried: tuple[Tried, ...]
 
 
 def fingerprint(job: CompileJob, path: Path, shop: Workshop, digest: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from compiler import language_stages
 from compiler.cache import Built
-from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, fingerprint, size_bytes
+from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, Tried, fingerprint, size_bytes
 from compiler.gates import budget_gates, gate, language_gates, require_all
 from compiler.options import builder_options, language_notes
 from compiler.package import Part
@@ -33,12 +33,14 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
     built = language_stages.build_genai(shop, source, name, precision, provider, builder_options(language))
     notes = language_notes(job.recipe, shop, source, name, precision, provider, built)
     reference = language_stages.source_logits(shop, source, name, language.gate_tokens)
+    tried: list[Tried] = []
     gates: list[GateResult] = []
     size = 0
-    for candidate in _mixed_bits(shop, source, name, language, provider, built):
+    for label, candidate in _mixed_bits(shop, source, name, language, provider, built):
         figures = language_stages.measure(shop, candidate, reference)
         size = size_bytes(candidate.path(language_stages.MODEL))
         gates = _judge_language(figures, size / max(1, size_bytes(source)), recipe)
+        tried.append(Tried(label, size, tuple(gates)))
         shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
         built = candidate
         if all(result.passed for result in gates):
@@ -74,19 +76,20 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
         context_tokens=context,
         memory_bytes=memory,
         notes=notes,
+        tried=tuple(tried),
     )
 
 
 def _mixed_bits(
     shop: Workshop, source: Path, fingerprint: str, language: LanguageRecipe, provider: str, built: Built
-) -> Iterator[Built]:
-    """`built`, then with more and more 8-bit layers; what a graph does not have is not tried."""
-    yield built
+) -> Iterator[tuple[str, Built]]:
+    """`built`, then with more and more 8-bit layers, each with its name."""
+    yield language.precision or "fp32", built
     if language.precision != "int4" or provider != "cpu":
         return
     for rung in filter(None, language.eight_bit_rungs):
         eight = language_stages.build_genai(shop, source, fingerprint, "int8", provider, {"algo_config": "k_quant"})
-        yield language_stages.raise_bits(shop, built, eight, rung)
+        yield f"int4, {' and '.join(rung)} int8", language_stages.raise_bits(shop, built, eight, rung)
 
 
 def _judge_language(figures: Mapping[str, float], size_ratio: float, recipe: Recipe) -> list[GateResult]:

@@ -50,6 +50,7 @@ class TargetResult:
             "engine": manifest.engine.model_dump() if manifest.engine else None,
             "gates": [result.model_dump() for result in manifest.gates],
             "notes": list(self.artefact.notes),
+            "tried": [tried.to_dict() for tried in self.artefact.tried],
             "stages": [stage.to_dict() for stage in self.artefact.stages],
         }
 

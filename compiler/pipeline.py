@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compiler.cache import BuildCache
-from compiler.compile_job import BuiltModel, CompileJob, size_bytes
+from compiler.compile_job import BuiltModel, CompileJob, Tried, size_bytes
 from compiler.engine_stage import ENGINE_FILE, add_engine
 from compiler.language_build import build_language_model
 from compiler.modelopt import find_modelopt
@@ -33,12 +33,13 @@ _LANGUAGE_PLAN = ("fingerprint", "genai", "source-logits", "measure", "golden", 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A finished artefact: the manifest describes exactly the files in `folder`. `stages` is how it came about."""
+    """A finished artefact: the manifest describes exactly the files in `folder`. `stages`, `tried`: how it came."""
 
     folder: Path
     manifest: Manifest
     stages: tuple[StageReport, ...] = ()
     notes: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
 
 def compile_model(
@@ -108,4 +109,4 @@ def _finish(job: CompileJob, recipe: Recipe, model: BuiltModel, out: Path, shop:
         source_digest=job.source_digest,
     )
     shop.progress.finish(f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.chunk_list())} chunks")
-    return Artefact(out, manifest, tuple(shop.reports), tuple(notes))
+    return Artefact(out, manifest, tuple(shop.reports), tuple(notes), model.tried)

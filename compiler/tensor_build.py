@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from compiler import tensor_stages
 from compiler.cache import Built
-from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, fingerprint, size_bytes
+from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, Tried, fingerprint, size_bytes
 from compiler.float_search import Found, Judge, Measure, search_float_layers
 from compiler.gates import budget_gates, gate, require_all, tensor_gates
 from compiler.latency import measure_latency_ms
@@ -44,9 +44,13 @@ def build_tensor_model(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt
 
     def judge(figures: Mapping[str, float], graph: Built) -> list[GateResult]:
         gates = _judge_tensor(figures, graph, recipe, size_bytes(job.source))
+        tried.append(
+            Tried(_label(built.precision, figures), graph.path(tensor_stages.MODEL).stat().st_size, tuple(gates))
+        )
         shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
         return gates
 
+    tried: list[Tried] = []
     gates: list[GateResult] = []
     graph = cleaned
     for graph in built.candidates():
@@ -82,6 +86,7 @@ def build_tensor_model(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt
         context_tokens=0,
         memory_bytes=memory,
         notes=(*built.notes, *tensor_notes(job.recipe, built.precision)),
+        tried=tuple(tried),
     )
 
 
@@ -132,10 +137,19 @@ class _Candidates:
         found = search_float_layers(
             layers, lambda floats: tensor_stages.quantise(self._shop, calibrated, scheme, floats), measure, judge
         )
-        if found is not None:
-            kept, tried = sorted(found.result.kept or ()), len(found.result.evaluations)
+        if found is None or not all(result.passed for result in found.gates):
+            return None  # so many floats that it is no 8-bit model: the ladder's figures say more
+        if found.result.kept:
+            kept, tried = sorted(found.result.kept), len(found.result.evaluations)
             self.notes.append(f"{len(kept)} of {len(layers)} layers stay float ({tried} tried): {', '.join(kept)}")
         return found
+
+
+def _label(precision: str, figures: Mapping[str, float]) -> str:
+    if "float_layers" not in figures:
+        return precision
+    num_layers = figures["float_layers"] + figures["integer_layers"]
+    return f"{precision}, {figures['float_layers']:.0f} of {num_layers:.0f} layers float"
 
 
 def _judge_tensor(figures: Mapping[str, float], graph: Built, recipe: Recipe, source_bytes: int) -> list[GateResult]:
