@@ -43,14 +43,16 @@ def compile_(
     vision: Annotated[Path | None, typer.Option(help="Preprocessing and labels (JSON).")] = None,
     data: Annotated[Path | None, typer.Option(help="Typical inputs of a tensor model (.npz).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where built stages are kept.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the quality report here, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last.")] = False,
 ) -> None:
     """Compile a model for targets on this machine, without a control plane."""
     import yaml
 
     from compiler.cache import BuildCache
-    from compiler.many import compile_targets, worst_error
+    from compiler.many import compile_targets, hash_remembered, worst_error
     from compiler.recipe import parse_recipe
+    from compiler.report import report_of, write_report
     from compiler.targets import load_targets
     from model_registry.exit_codes import exit_code
     from model_registry.manifest import Vision
@@ -58,17 +60,20 @@ def compile_(
 
     if out.exists():
         raise ConflictError(f"{out} exists", remedy="remove it or choose another folder")
+    store = BuildCache(cache or CACHE_HOME.expanduser() / "build")
     results = compile_targets(
         source,
         load_targets(targets),
         parse_recipe(yaml.safe_load(recipe.read_text()) if recipe else None),
         out,
-        BuildCache(cache or CACHE_HOME.expanduser() / "build"),
+        store,
         _show_nothing if as_json else _ProgressLines().show,
         golden=golden,
         vision=Vision.model_validate_json(vision.read_bytes()) if vision else None,
         data=data,
     )
+    if report is not None:
+        write_report(report_of(source.stem, hash_remembered(source, store), results), report)
     if as_json:
         typer.echo(json.dumps({"targets": [result.to_dict() for result in results]}))
     else:

@@ -42,6 +42,12 @@ def sentence(result: GateResult) -> str:
     return f"The {label} {measured}; {demand} {result.limit:.4g} was demanded: {'held' if result.passed else 'failed'}."
 
 
+def accuracy_of(gates: Sequence[GateResult]) -> float | None:
+    """The first of `ACCURACY` that was measured, a share of the source's."""
+    by_name = {gate.name: gate.value for gate in gates}
+    return next((by_name[name] for name in ACCURACY if name in by_name), None)
+
+
 @dataclass(frozen=True)
 class Point:
     """One place in the trade-off of size, latency and accuracy (a share; 1 is the source's own)."""
@@ -74,8 +80,7 @@ class ArtefactQuality:
     @property
     def accuracy(self) -> float | None:
         """The first of `ACCURACY` that its gates measured."""
-        by_name = {gate.name: gate.value for gate in self.gates}
-        return next((by_name[name] for name in ACCURACY if name in by_name), None)
+        return accuracy_of(self.gates)
 
     @property
     def latency_ms(self) -> float | None:
