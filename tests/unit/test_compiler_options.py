@@ -148,3 +148,9 @@ def test_the_command_ends_with_5_when_a_gate_does_not_hold(tmp_path: Path) -> No
     result = CliRunner().invoke(app, [*command, "--recipe", str(tmp_path / "recipe.yaml"), "--cache", str(tmp_path)])
     assert result.exit_code == 5
     assert "size_ratio" in result.output
+
+
+def test_fp8_without_the_model_optimizer_is_refused_with_the_way_to_it(tmp_path: Path, cache: BuildCache) -> None:
+    recipe = {"tensor": {**LENIENT["tensor"], "precision": "fp8"}}
+    with pytest.raises(InvalidInputError, match="FORESHORE_MODELOPT_PYTHON"):
+        compile_model(_job(tmp_path, "rtx-sm89", recipe), tmp_path / "out", cache, lambda *event: None, {})
