@@ -21,15 +21,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 
 @app.command("import", epilog="Example: foreshore import model.gguf --out model/")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A GGUF file.")],
-    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
+    source: Annotated[Path, typer.Argument(help="A GGUF file or a torch.export program (.pt2).")],
+    out: Annotated[Path, typer.Option(help="The folder (of GGUF) or ONNX file (of .pt2) to make; it must not exist.")],
 ) -> None:
-    """Turn a GGUF file into a Hugging Face style folder."""
+    """Turn a GGUF file into a Hugging Face style folder, a torch.export program into an ONNX file."""
     from compiler.gguf_import import import_gguf
+    from compiler.pt2_import import import_pt2
     from model_registry.sources import recognise
 
-    recognise(source)
-    import_gguf(source, out)
+    if source.suffix == ".pt2":
+        import_pt2(source, out)
+    else:
+        recognise(source)
+        import_gguf(source, out)
     typer.echo(f"wrote {out}")
 
 
@@ -43,13 +47,16 @@ def compile_(
     vision: Annotated[Path | None, typer.Option(help="Preprocessing and labels (JSON).")] = None,
     data: Annotated[Path | None, typer.Option(help="Typical inputs of a tensor model (.npz).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where built stages are kept.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Where to write the quality report (HTML, for any browser).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last.")] = False,
 ) -> None:
     """Compile a model for targets on this machine, without a control plane."""
     import yaml
 
     from compiler.cache import BuildCache
-    from compiler.many import compile_targets, worst_error
+    from compiler.many import compile_targets, hash_remembered, worst_error
     from compiler.recipe import parse_recipe
     from compiler.targets import load_targets
     from model_registry.exit_codes import exit_code
@@ -58,17 +65,22 @@ def compile_(
 
     if out.exists():
         raise ConflictError(f"{out} exists", remedy="remove it or choose another folder")
+    store = BuildCache(cache or CACHE_HOME.expanduser() / "build")
     results = compile_targets(
         source,
         load_targets(targets),
         parse_recipe(yaml.safe_load(recipe.read_text()) if recipe else None),
         out,
-        BuildCache(cache or CACHE_HOME.expanduser() / "build"),
+        store,
         _show_nothing if as_json else _ProgressLines().show,
         golden=golden,
         vision=Vision.model_validate_json(vision.read_bytes()) if vision else None,
         data=data,
     )
+    if report is not None:
+        from compiler.report import report_of, write_report
+
+        write_report(report_of(source.stem, hash_remembered(source, store), results), report)
     if as_json:
         typer.echo(json.dumps({"targets": [result.to_dict() for result in results]}))
     else:

@@ -64,7 +64,8 @@ def ask_source(model: Any, tokenizer: Any) -> Answers:
     for prompt in PROMPTS:
         text = _as_chat(tokenizer, prompt)
         tokens = tokenizer(text, add_special_tokens=text == prompt).input_ids
-        ids, past, answer = torch.tensor([tokens]), None, []
+        ids, past = torch.tensor([tokens]), None
+        answer: list[int] = []
         with torch.inference_mode():
             while len(answer) < ANSWER_TOKENS:
                 output = model(ids, past_key_values=past, use_cache=True)

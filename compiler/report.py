@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compiler.many import TargetResult
+from model_registry.manifest import GateResult
 from model_registry.quality_pages import render_html
-from model_registry.quality_report import ArtefactQuality, QualityReport, artefact_of
+from model_registry.quality_report import ArtefactQuality, Point, QualityReport, accuracy_of, artefact_of, marked
 from model_registry.sources import Source
 
 
 def report_of(name: str, source: Source, results: Sequence[TargetResult]) -> QualityReport:
     """The report on all targets of one run; those that failed say why."""
-    return QualityReport(name, source.kind, source.digest, tuple(_quality(result) for result in results))
+    artefacts = tuple(_quality(result) for result in results)
+    return QualityReport(name, source.kind, source.digest, artefacts, tuple(_searched(results)))
 
 
 def write_report(report: QualityReport, path: Path) -> None:
@@ -21,9 +23,24 @@ def write_report(report: QualityReport, path: Path) -> None:
     path.write_text(render_html(report), encoding="utf-8")
 
 
+def _searched(results: Sequence[TargetResult]) -> tuple[Point, ...]:
+    """What was tried on the way and not taken, each once for all targets that tried the same."""
+    found: dict[tuple[str, int], Point] = {}
+    for result in results:
+        for tried in result.artefact.tried if result.artefact else ():
+            accuracy = accuracy_of(tried.gates)
+            if accuracy is not None:
+                holds = all(gate.passed for gate in tried.gates)
+                point = Point(tried.label, tried.size_bytes, accuracy, holds=holds)
+                found.setdefault((tried.label, tried.size_bytes), point)
+    return marked(tuple(found.values()))
+
+
 def _quality(result: TargetResult) -> ArtefactQuality:
     if result.artefact is None:
-        return ArtefactQuality(result.target.name, "", "", 0, "", error=str(result.error))
+        measured = result.error.details.get("gates", ()) if result.error else ()
+        gates = tuple(GateResult.model_validate(gate) for gate in measured)
+        return ArtefactQuality(result.target.name, "", "", 0, "", gates, error=str(result.error))
     classes = {stage.reproducibility for stage in result.artefact.stages}
     weakest = "byte-identical" if classes <= {"byte-identical"} else "output-equivalent"
     return artefact_of(result.artefact.manifest, reproducibility=weakest, notes=result.artefact.notes)
