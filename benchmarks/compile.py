@@ -58,8 +58,11 @@ def run(quick: bool) -> dict[str, float]:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="bench-compile-") as folder:
         root = Path(folder)
+        started = time.monotonic()
         figures |= trained_networks(root, num_epochs=3 if quick else 12)
+        print(f"  trained networks: {time.monotonic() - started:.0f} s", flush=True)
         figures |= mobilenet(root)
+        print(f"  MobileNetV2: {time.monotonic() - started:.0f} s", flush=True)
         targets = "cpu-reference,cpu-x86,cpu-arm,cpu-x86-vnni,jetson-orin,rtx" if quick else "all"
         figures |= language(root, "smollm2", MODELS / "smollm2-135m-instruct", targets, quick)
         if not quick and (MODELS / "qwen2.5-coder-0.5b-instruct").is_dir():

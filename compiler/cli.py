@@ -47,9 +47,7 @@ def compile_(
     vision: Annotated[Path | None, typer.Option(help="Preprocessing and labels (JSON).")] = None,
     data: Annotated[Path | None, typer.Option(help="Typical inputs of a tensor model (.npz).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where built stages are kept.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Where to write the quality report (HTML, for any browser).")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the quality report here, as one HTML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object last.")] = False,
 ) -> None:
     """Compile a model for targets on this machine, without a control plane."""
@@ -58,6 +56,7 @@ def compile_(
     from compiler.cache import BuildCache
     from compiler.many import compile_targets, hash_remembered, worst_error
     from compiler.recipe import parse_recipe
+    from compiler.report import report_of, write_report
     from compiler.targets import load_targets
     from model_registry.exit_codes import exit_code
     from model_registry.manifest import Vision
@@ -78,8 +77,6 @@ def compile_(
         data=data,
     )
     if report is not None:
-        from compiler.report import report_of, write_report
-
         write_report(report_of(source.stem, hash_remembered(source, store), results), report)
     if as_json:
         typer.echo(json.dumps({"targets": [result.to_dict() for result in results]}))

@@ -68,10 +68,10 @@ def ask_source(model: Any, tokenizer: Any) -> Answers:
 
     prompts, answers = [], []
     for prompt in PROMPTS:
+        answer: list[int] = []
         text = _as_chat(tokenizer, prompt)
         tokens = tokenizer(text, add_special_tokens=text == prompt).input_ids
         ids, past = torch.tensor([tokens]), None
-        answer: list[int] = []
         with torch.inference_mode():
             while len(answer) < ANSWER_TOKENS:
                 output = model(ids, past_key_values=past, use_cache=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 from compiler.many import TargetResult
 from model_registry.manifest import GateResult
 from model_registry.quality_pages import render_html
-from model_registry.quality_report import ArtefactQuality, Point, QualityReport, accuracy_of, artefact_of, marked
+from model_registry.quality_report import ArtefactQuality, Point, QualityReport, accuracy_of, artefact_of
 from model_registry.sources import Source
 
 
 def report_of(name: str, source: Source, results: Sequence[TargetResult]) -> QualityReport:
     """The report on all targets of one run; those that failed say why."""
     artefacts = tuple(_quality(result) for result in results)
-    return QualityReport(name, source.kind, source.digest, artefacts, tuple(_searched(results)))
+    return QualityReport(name, source.kind, source.digest, artefacts, _searched(results))
 
 
 def write_report(report: QualityReport, path: Path) -> None:
@@ -24,16 +24,16 @@ def write_report(report: QualityReport, path: Path) -> None:
 
 
 def _searched(results: Sequence[TargetResult]) -> tuple[Point, ...]:
-    """What was tried on the way and not taken, each once for all targets that tried the same."""
-    found: dict[tuple[str, int], Point] = {}
+    """What was tried and not taken, each graph once however many targets tried it."""
+    points: dict[tuple[str, int], Point] = {}
     for result in results:
-        for tried in result.artefact.tried if result.artefact else ():
+        for tried in result.artefact.tried[:-1] if result.artefact else ():
             accuracy = accuracy_of(tried.gates)
             if accuracy is not None:
                 holds = all(gate.passed for gate in tried.gates)
-                point = Point(tried.label, tried.size_bytes, accuracy, holds=holds)
-                found.setdefault((tried.label, tried.size_bytes), point)
-    return marked(tuple(found.values()))
+                point = Point(f"{result.target.name}: {tried.label}", tried.size_bytes, accuracy, holds=holds)
+                points.setdefault((tried.label, tried.size_bytes), point)
+    return tuple(points.values())
 
 
 def _quality(result: TargetResult) -> ArtefactQuality:

@@ -23,7 +23,7 @@ from compiler.tensor_model import Signature, fit_vision
 from compiler.tensor_stages import TensorSource
 from compiler.workshop import Workshop
 from model_registry.manifest import GateResult, Golden
-from wire.errors import MissingExtraError
+from wire.errors import InvalidInputError
 
 
 def build_tensor_model(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt: ModelOpt | str) -> BuiltModel:
@@ -121,7 +121,9 @@ class _Candidates:
                 yield tensor_stages.quantise_by_modelopt(shop, source.cleaned, samples, self.precision, self._modelopt)
                 return
             if self.precision == "fp8":
-                raise MissingExtraError("nvidia-modelopt", "compiler")
+                raise InvalidInputError(
+                    f"fp8 is written by ModelOpt alone, and {self._modelopt}", remedy="see docs/compiler.md, ModelOpt"
+                )
             self.notes.append(f"quantised by ONNX Runtime, not ModelOpt: {self._modelopt}")
         self._calibrated = tensor_stages.calibrate(shop, source.cleaned, samples)
         for rung in recipe.float_rungs:

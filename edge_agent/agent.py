@@ -14,28 +14,25 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
-from tuf.api.metadata import TargetFile
-
 from edge_agent.config import Home, Identity, Profile
 from edge_agent.credentials import Credentials, KeyStore
 from edge_agent.engines import Admission, Engines
-from edge_agent.fetch import Fetch, HttpSource, Progress, choose_encoding
+from edge_agent.fetch import HttpSource
 from edge_agent.hardware import find_hardware
-from edge_agent.inbox import find_chunk, prove
+from edge_agent.inbox import prove
 from edge_agent.link import Connection, Endpoint, Will
 from edge_agent.outbox import Outbox
 from edge_agent.renewal import Renewal
 from edge_agent.slots import Store
 from edge_agent.state import Restarted, SlotState, TrustRenewed, Wish, wanted_from
+from edge_agent.supply import Supply
 from edge_agent.updates import Device, Update
 from edge_agent.verify import DeviceTrust, open_desired, recall_desired, signers
 from edge_agent.watchdog import Watchdog
-from model_registry.manifest import Manifest, ReleaseArtefact, sha256
 from model_registry.trust.bundle import Bundle
 from model_registry.trust.errors import MetadataUnavailableError, TrustError
 from wire import topics
 from wire.errors import ForeshoreError, IntegrityError
-from wire.frames import parse_frame
 from wire.messages import Desired, Need, Reported, Status
 from wire.process import replace_durably
 
@@ -43,7 +40,6 @@ AGENT_VERSION = "0.1.0"
 TICK_S = 0.25
 REPORT_EVERY_S = 1.0
 RESEND_S = 15.0
-MANIFEST_TRIES = 3
 TRUST_EVERY_S = 600.0
 TRUST_RETRY_S = 2.0
 WISH_AGAIN_S = 1.0
@@ -69,12 +65,15 @@ class Agent:
         self._unproven: bytes | None = None  # a wish that waits for trusted metadata
         self._seen_renewals = 0
         self._trust_is_wanted = asyncio.Event()
-        self._bundle: Bundle | None = None
         self.engines = Engines(profile.memory_budget_bytes)
         self.admission = Admission(profile.max_streams, profile.max_queue)
         self.store = Store(home.store, profile.disk_budget_bytes)
         self.outbox = Outbox(home.outbox_file, profile.outbox_quota_bytes)
         self.http = HttpSource(identity, credentials.context)
+        self._supply = Supply(
+            self._endpoint, self._client_id, identity, profile, self.store, trust, self.http,
+            send_need=self._send_need, trust_was_asked=self._mend_trust,
+        )  # fmt: skip
         self._renewal = Renewal(home, credentials, keys, self.http.post, self._reconnect)
         self.boot_epoch = home.count_boot()
         self.desired: Desired | None = None
@@ -83,9 +82,6 @@ class Agent:
         self.error: str | None = None
         self._generation = 0
         self._troubles: dict[str, str] = {}
-        self._fetches: dict[str, Fetch] = {}
-        self._pages: dict[str, asyncio.Queue[bytes]] = {}
-        self._bulk: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._dirty = True
         self._urgent = True
@@ -98,7 +94,7 @@ class Agent:
             trust=trust,
             store=self.store,
             engines=self.engines,
-            content=self,
+            content=self._supply,
             desired=lambda: self.desired,
             changed=self._changed,
             troubled=self._troubled,
@@ -132,9 +128,9 @@ class Agent:
             if self.trust.num_renewals != self._seen_renewals:
                 self._seen_renewals = self.trust.num_renewals
                 self._spawn(self._renewed(), "trust-renewed")
-            if self._bundle is None and self.home.inbox.exists():
-                self._bundle = Bundle.open(self.home.inbox)
-                self._spawn(self._take_bundle(self._bundle), "bundle")
+            if self._supply.bundle is None and self.home.inbox.exists():
+                self._supply.bundle = Bundle.open(self.home.inbox)
+                self._spawn(self._take_bundle(self._supply.bundle), "bundle")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), TICK_S)
         watchdog.say("STOPPING=1")
@@ -144,7 +140,7 @@ class Agent:
             await update.close()
         self._publish("status", Status(online=False, boot_epoch=self.boot_epoch).to_bytes(), retain=True)
         await asyncio.sleep(0.1)
-        await self._close_bulk()
+        await self._supply.close()
         await self.control.close()
         await self.http.close()
         self.outbox.close()
@@ -163,58 +159,6 @@ class Agent:
             error=self.error or next(iter(self._troubles.values()), None) or trust_error,
         )
 
-    async def listed(self, model: str, release: str) -> TargetFile:
-        """What a publisher's fresh metadata says about a release."""
-        try:
-            return await asyncio.to_thread(self.trust.find_release, model, release, self._bundle)
-        finally:
-            self._mend_trust()
-
-    async def release(self, digest: str, size_bytes: int) -> bytes:
-        """A release, out of a bundle or over HTTP."""
-        return await self._from_bundle("releases", digest, size_bytes) or await self.http.release(digest, size_bytes)
-
-    async def manifest(self, digest: str, size_bytes: int) -> bytes:
-        """Out of a bundle, else pages over MQTT; over HTTP when they do not come."""
-        held = await self._from_bundle("manifests", digest, size_bytes)
-        if held is not None:
-            return held
-        queue = self._pages.setdefault(digest, asyncio.Queue(maxsize=512))
-        await self._open_bulk(topics.manifest_page(self.identity.tenant, digest))
-        try:
-            for _ in range(MANIFEST_TRIES):
-                self._send_need(Need(manifest=digest, manifest_wanted=True))
-                data = await self._collect_pages(queue, size_bytes)
-                if data is not None and sha256(data) == digest:
-                    return data
-        finally:
-            self._pages.pop(digest, None)
-        return await self.http.manifest(digest, size_bytes)
-
-    async def fetch(self, manifest: Manifest, artefact: ReleaseArtefact, progress: Progress) -> None:
-        """Bring every chunk into the store."""
-        encoding, _ = choose_encoding(artefact, self.store.held())
-        fetch = Fetch(
-            self.store,
-            manifest,
-            self.http,
-            encoding=encoding,
-            send_need=self._send_need,
-            progress=progress,
-            stall_s=self.profile.fetch_stall_s,
-            find_beside=lambda chunk: find_chunk(self._bundle, chunk) if self._bundle else None,
-        )
-        self._fetches[manifest.digest] = fetch
-        tenant = self.identity.tenant
-        wanted = {topics.chunks(tenant, manifest.digest, name) for name in (encoding, "whole")}
-        try:
-            await self._open_bulk(*wanted, self._topic("chunk"))
-            await fetch.run()
-        finally:
-            self._fetches.pop(manifest.digest, None)
-            if not self._fetches and not self._pages:
-                await self._close_bulk()
-
     def _connect(self) -> None:
         will = Will(self._topic("status"), Status(online=False, boot_epoch=self.boot_epoch).to_bytes())
         self.control = Connection(
@@ -229,36 +173,10 @@ class Agent:
         )
         self.control.subscribe(self._topic("desired"), self._topic("cmd/+"), topics.EPOCH)
 
-    async def _open_bulk(self, *wanted: str) -> None:
-        if self._bulk is None:
-            self._bulk = Connection(
-                self._endpoint,
-                f"{self._client_id}.bulk",
-                receive=self._receive_bulk,
-                connected=lambda _: None,
-                persistent=False,
-                receive_maximum=8,
-                reconnect_max_s=self.profile.reconnect_max_s,
-            )
-            self._bulk.subscribe(*wanted)
-            self._bulk.start()
-        else:
-            self._bulk.subscribe(*wanted)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.profile.fetch_stall_s):
-                await self._bulk.ready.wait()
-                await asyncio.sleep(0.1)  # lets the broker take the subscription before the request is out
-
-    async def _close_bulk(self) -> None:
-        bulk, self._bulk = self._bulk, None
-        if bulk is not None:
-            await bulk.close()
-
     async def _reconnect(self) -> None:
         await self.http.reconnect()
-        for connection in (self.control, self._bulk):
-            if connection is not None:
-                connection.reconnect()
+        self.control.reconnect()
+        self._supply.reconnect()
 
     def _renewal_failed(self, error: ForeshoreError) -> None:
         self.outbox.add("alarm", {"code": error.code, "message": f"the certificate is not renewed: {error}"[:2000]})
@@ -359,15 +277,7 @@ class Agent:
         except ForeshoreError as error:
             self._complain(error)
         await asyncio.to_thread(shutil.rmtree, self.home.inbox, ignore_errors=True)
-        self._bundle = None
-
-    async def _from_bundle(self, kind: str, digest: str, size_bytes: int) -> bytes | None:
-        if self._bundle is None:
-            return None
-        try:
-            return await asyncio.to_thread(self._bundle.find, kind, digest, size_bytes)
-        except ForeshoreError:
-            return None
+        self._supply.bundle = None
 
     async def _renewed(self) -> None:
         """There is newer trusted metadata: take up what waited for it."""
@@ -408,35 +318,6 @@ class Agent:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _receive_bulk(self, topic: str, payload: bytes, ack: Callable[[], None]) -> None:
-        if topic.endswith("/manifest"):
-            queue = self._pages.get(topic.split("/")[-2])
-            if queue is not None and not queue.full():
-                queue.put_nowait(payload)
-            ack()
-            return
-        prefix = payload[4:12]
-        for digest, fetch in self._fetches.items():
-            if bytes.fromhex(digest)[:8] == prefix:
-                fetch.receive(payload, ack)
-                return
-        ack()
-
-    async def _collect_pages(self, queue: asyncio.Queue[bytes], size_bytes: int) -> bytes | None:
-        pages: dict[int, bytes] = {}
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.profile.fetch_stall_s):
-                while sum(map(len, pages.values())) < size_bytes:
-                    try:
-                        frame = parse_frame(await queue.get())
-                    except ForeshoreError:
-                        continue
-                    if bytes.fromhex(sha256(frame.body))[:16] == frame.digest_prefix:
-                        pages[frame.index] = frame.body
-        if sorted(pages) != list(range(len(pages))):
-            return None
-        return b"".join(pages[index] for index in sorted(pages))
 
     def _on_connected(self, is_connected: bool) -> None:
         if is_connected:
@@ -487,7 +368,7 @@ class Agent:
 
     def _held(self) -> set[str]:
         held = set[str]().union(*(update.state.held() for update in self.updates.values()))
-        return held | set(self._fetches) | set(self._pages)
+        return held | self._supply.held()
 
     def _send_need(self, need: Need) -> bool:
         return self._publish("need", need.to_bytes())

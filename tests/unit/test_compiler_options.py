@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from compiler.cache import BuildCache
+from compiler.cli import app
 from compiler.gguf_import import import_gguf
 from compiler.language_stages import build_genai
 from compiler.many import compile_targets
@@ -49,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> BuildCache:
 
 def _compile(folder: Path, target: str, tensor: dict[str, Any], cache: BuildCache) -> tuple[str, tuple[str, ...]]:
     """(digest of the model file, notes)."""
-    job = _job(folder, target, {"tensor": {**LENIENT["tensor"], **tensor}})
+    job = _job(folder, target, {"tensor": {**LENIENT["tensor"], "min_integer_layer_share": 0.0, **tensor}})
     built = compile_model(job, folder / f"out{len(list(folder.iterdir()))}", cache, lambda *event: None, {})
     return next(file.digest for file in built.manifest.files if file.path == "model.onnx"), built.notes
 
@@ -119,3 +122,35 @@ def test_one_failing_target_does_not_end_the_others(tmp_path: Path, cache: Build
     results = compile_targets(source, targets, recipe, tmp_path / "out", cache, lambda *event: None)
     assert [type(result.error).__name__ for result in results] == ["InvalidInputError"] * 2
     assert "fp8" in str(results[0].to_dict()["error"])
+
+
+def test_the_command_compiles_for_several_targets_and_writes_the_report(tmp_path: Path) -> None:
+    source = write_classifier(tmp_path / "classifier.onnx")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tensor: {min_top1_agreement: 0.5, min_cosine: 0.9, gate_crops: 16, calibration_crops: 16}\n")
+    command = ["compile", str(source), "--targets", "cpu-x86,cuda,cpu-x86", "--out", str(tmp_path / "out"), "--json"]
+    command += ["--recipe", str(recipe), "--cache", str(tmp_path / "cache"), "--report", str(tmp_path / "r.html")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    targets = json.loads(result.stdout.splitlines()[-1])["targets"]
+    assert [target["target"] for target in targets] == ["cpu-x86", "cuda"]
+    assert targets[0]["tried"][-1]["label"] == "int8, 0 of 3 layers float"
+    page = (tmp_path / "r.html").read_text()
+    assert "cpu-x86" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert (tmp_path / "out" / "cuda" / "model.onnx").exists()
+
+
+def test_the_command_ends_with_5_when_a_gate_does_not_hold(tmp_path: Path) -> None:
+    source = write_classifier(tmp_path / "classifier.onnx")
+    (tmp_path / "recipe.yaml").write_text("max_size_ratio: 0.01\n")
+    command = ["compile", str(source), "--targets", "cpu-reference", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, "--recipe", str(tmp_path / "recipe.yaml"), "--cache", str(tmp_path)])
+    assert result.exit_code == 5
+    assert "size_ratio" in result.output
+
+
+def test_fp8_without_the_model_optimizer_is_refused_with_the_way_to_it(tmp_path: Path, cache: BuildCache) -> None:
+    recipe = {"tensor": {**LENIENT["tensor"], "precision": "fp8"}}
+    with pytest.raises(InvalidInputError, match="FORESHORE_MODELOPT_PYTHON"):
+        compile_model(_job(tmp_path, "rtx-sm89", recipe), tmp_path / "out", cache, lambda *event: None, {})
