@@ -21,15 +21,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 
 @app.command("import", epilog="Example: foreshore import model.gguf --out model/")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A GGUF file.")],
-    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist yet.")],
+    source: Annotated[Path, typer.Argument(help="A GGUF file or a torch.export program (.pt2).")],
+    out: Annotated[Path, typer.Option(help="The folder (of GGUF) or ONNX file (of .pt2) to make; it must not exist.")],
 ) -> None:
-    """Turn a GGUF file into a Hugging Face style folder."""
+    """Turn a GGUF file into a Hugging Face style folder, a torch.export program into an ONNX file."""
     from compiler.gguf_import import import_gguf
+    from compiler.pt2_import import import_pt2
     from model_registry.sources import recognise
 
-    recognise(source)
-    import_gguf(source, out)
+    if source.suffix == ".pt2":
+        import_pt2(source, out)
+    else:
+        recognise(source)
+        import_gguf(source, out)
     typer.echo(f"wrote {out}")
 
 

@@ -83,7 +83,7 @@ def source_logits(shop: Workshop, source: Path, fingerprint: str, num_tokens: in
         np.save(to / "logits.npy", held.logits.astype(np.float32))
         held.answers.save(to / "answers.json")
 
-    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=2)
+    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=3)
     return shop.run(stage, "the source reads held text and answers prompts")
 
 

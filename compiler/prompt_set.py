@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import numpy as np
+
+from model_registry.manifest import canonical_bytes, sha256
 
 ANSWER_TOKENS = 4
 PROMPTS = (
@@ -34,15 +37,18 @@ TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs.",
     "def f(x):\n    return x ** 2  # squared\n\n",
     "Größe, naïve café, Ελλάδα, 日本語, 🙂",
+    topics.topics["assert"] + topics.topics["floating"] + topics.topics["strings"],
     "don't WE'RE 1234567 3.14  \t tabs and  spaces   ",
 )
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Tokens of `TEXTS`, tokens of each prompt with its chat template, and the greedy answers to them."""
+    """Tokens of each text, the digest of vocabulary and merges (empty where there are none to see), tokens of each
+    prompt with its chat template, and the greedy answers to them."""
 
     texts: list[list[int]]
+    vocabulary: str
     prompts: list[list[int]]
     answers: list[list[int]]
 
@@ -74,7 +80,15 @@ def ask_source(model: Any, tokenizer: Any) -> Answers:
                 ids = torch.tensor([[answer[-1]]])
         prompts.append([int(token) for token in tokens])
         answers.append(answer)
-    return Answers([[int(token) for token in tokenizer(text).input_ids] for text in TEXTS], prompts, answers)
+    texts = [[int(token) for token in tokenizer(text).input_ids] for text in TEXTS]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return Answers(texts, _vocabulary(backend.to_str()) if backend is not None else "", prompts, answers)
+
+
+def _vocabulary(tokenizer_json: str) -> str:
+    """Which tokens there are and how they are merged; the rest of a tokenizer shows in how it cuts texts."""
+    model = json.loads(tokenizer_json)["model"]
+    return sha256(canonical_bytes({"vocab": model.get("vocab"), "merges": model.get("merges")}))
 
 
 def _as_chat(tokenizer: Any, prompt: str) -> str:
@@ -87,6 +101,7 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 def ask_artefact(folder: Path, prompts: list[list[int]]) -> Answers:
     """The answers of the artefact in `folder` to the same prompt tokens, on the CPU, one token at a time."""
     import onnxruntime_genai as genai
+    from tokenizers import Tokenizer
 
     config = genai.Config(str(folder))
     config.clear_providers()  # a graph for a GPU is asked on the CPU, too
@@ -103,15 +118,20 @@ def ask_artefact(folder: Path, prompts: list[list[int]]) -> Answers:
             generator.generate_next_token()
             answer.append(int(generator.get_next_tokens()[0]))
         answers.append(answer)
-    return Answers([[int(token) for token in tokenizer.encode(text)] for text in TEXTS], prompts, answers)
+    texts = [[int(token) for token in tokenizer.encode(text)] for text in TEXTS]
+    file = folder / "tokenizer.json"
+    vocabulary = _vocabulary(Tokenizer.from_file(str(file)).to_str()) if file.exists() else ""
+    return Answers(texts, vocabulary, prompts, answers)
 
 
 def prompt_figures(source: Answers, artefact: Answers) -> dict[str, float]:
-    """`exact_match`: share of prompts answered alike; `tokenizer_match`: share of texts cut into the same tokens.
+    """`exact_match`: share of prompts answered alike; `tokenizer_match`: share of texts cut into the same tokens, 0 for
+    another vocabulary or other merges.
 
     An answer that an end token cut short matches if the source says the same up to and including that token.
     """
     pairs = list(zip(source.answers, artefact.answers, strict=True))
     alike = [bool(found) and wanted[: len(found)] == found for wanted, found in pairs]
-    same_text = [a == b for a, b in zip(source.texts, artefact.texts, strict=True)]
+    has_same_words = source.vocabulary in ("", artefact.vocabulary)
+    same_text = [has_same_words and a == b for a, b in zip(source.texts, artefact.texts, strict=True)]
     return {"exact_match": float(np.mean(alike)), "tokenizer_match": float(np.mean(same_text))}

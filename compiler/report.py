@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compiler.many import TargetResult
+from model_registry.manifest import GateResult
 from model_registry.quality_pages import render_html
 from model_registry.quality_report import ArtefactQuality, Point, QualityReport, accuracy_of, artefact_of
 from model_registry.sources import Source
@@ -30,16 +31,16 @@ def _searched(results: Sequence[TargetResult]) -> tuple[Point, ...]:
             accuracy = accuracy_of(tried.gates)
             if accuracy is not None:
                 holds = all(gate.passed for gate in tried.gates)
-                point = Point(
-                    f"{result.target.name}: {tried.label}", tried.size_bytes, accuracy, is_on_front=False, holds=holds
-                )
+                point = Point(f"{result.target.name}: {tried.label}", tried.size_bytes, accuracy, holds=holds)
                 points.setdefault((tried.label, tried.size_bytes), point)
     return tuple(points.values())
 
 
 def _quality(result: TargetResult) -> ArtefactQuality:
     if result.artefact is None:
-        return ArtefactQuality(result.target.name, "", "", 0, "", error=str(result.error))
+        measured = result.error.details.get("gates", ()) if result.error else ()
+        gates = tuple(GateResult.model_validate(gate) for gate in measured)
+        return ArtefactQuality(result.target.name, "", "", 0, "", gates, error=str(result.error))
     classes = {stage.reproducibility for stage in result.artefact.stages}
     weakest = "byte-identical" if classes <= {"byte-identical"} else "output-equivalent"
     return artefact_of(result.artefact.manifest, reproducibility=weakest, notes=result.artefact.notes)

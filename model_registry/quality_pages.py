@@ -22,6 +22,7 @@ code{font-size:.88em;overflow-wrap:anywhere}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.45rem .7rem;border-top:1px solid var(--line)}
 thead th,caption,.soft{color:var(--soft);font-weight:500}
+td:last-child{min-width:13rem}
 caption{text-align:left;padding:.3rem .7rem}
 .failed-word{color:var(--bad);font-weight:600}
 .tradeoff{width:100%;max-width:48rem;height:auto}

@@ -13,7 +13,7 @@ from html import escape
 from model_registry.quality_report import Point
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 20, 48
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 36, 48
 
 
 def plot(points: Sequence[Point], name: str, key: str = "tradeoff") -> str:
@@ -23,7 +23,7 @@ def plot(points: Sequence[Point], name: str, key: str = "tradeoff") -> str:
     """
     if not points:
         return ""
-    x, y = _Axis.over([p.size_bytes / 1e6 for p in points]), _Axis.over([p.accuracy for p in points])
+    x, y = _Axis.over([p.size_bytes / 1e6 for p in points]), _Axis.over([p.accuracy for p in points], most=1.0)
     front = sorted((p for p in points if p.is_on_front), key=lambda p: p.size_bytes)
     best = max(points, key=lambda p: p.accuracy)
     description = (
@@ -51,9 +51,9 @@ class _Axis:
         self.low, self.high = low, high
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> _Axis:
+    def over(cls, values: Sequence[float], most: float = float("inf")) -> _Axis:
         spread = max(values) - min(values) or max(abs(max(values)) * 0.2, 0.01)
-        return cls(min(values) - 0.15 * spread, max(values) + 0.15 * spread)
+        return cls(min(values) - 0.15 * spread, max(max(values), min(max(values) + 0.15 * spread, most)))
 
     def share(self, value: float) -> float:
         return (value - self.low) / (self.high - self.low)
@@ -80,7 +80,7 @@ def _grid(x: _Axis, y: _Axis) -> list[str]:
         parts.append(f'<line class="grid-line" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(_text("tick", LEFT - 8, at + 4, "end", f"{value:.3f}"))
     parts.append(_text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "middle", "size (MB)"))
-    parts.append(_text("tick", 8, TOP - 6, "start", "agreement with the source"))
+    parts.append(_text("tick", 8, 14, "start", "agreement with the source"))
     return parts
 
 
@@ -106,7 +106,7 @@ def _labels(points: Sequence[Point], x: _Axis, y: _Axis) -> list[str]:
     parts = []
     for same in by_place.values():
         at, height = _x(x, same[0]), _y(y, same[0])
-        anchor, shift = ("end", -10) if at > WIDTH * 0.6 else ("start", 10)
+        anchor, shift = ("end", -10) if at > WIDTH * 0.6 else ("start", 8)
         text = same[0].label + (f" and {len(same) - 1} more" if len(same) > 1 else "")
-        parts.append(_text("name", at + shift, height - 8, anchor, text))
+        parts.append(_text("name", at + shift, height + (-8 if anchor == "end" else 18), anchor, text))
     return parts

@@ -1,13 +1,13 @@
 """The quality report of a model's artefacts: gates, sizes, latencies, the trade-offs tried, and where it all came from.
 
 Data first: `QualityReport` is frozen and versioned; it is made from manifests, which publishers sign with the release,
-so every gate in it is covered by a signature. `report_of` builds it, `quality_pages` shows it.
+so every gate in it is covered by a signature. `compiler.report` builds it, `quality_pages` shows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from model_registry.manifest import GateResult, Manifest
@@ -40,12 +40,6 @@ def sentence(result: GateResult) -> str:
     demand = "at most" if result.sense == "<=" else "at least"
     measured = "is not a number" if abs(result.value) >= 1e308 else f"is {result.value:.4g}"
     return f"The {label} {measured}; {demand} {result.limit:.4g} was demanded: {'held' if result.passed else 'failed'}."
-
-
-def accuracy_of(gates: Sequence[GateResult]) -> float | None:
-    """The first of `ACCURACY` that was measured, a share of the source's."""
-    by_name = {gate.name: gate.value for gate in gates}
-    return next((by_name[name] for name in ACCURACY if name in by_name), None)
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class QualityReport:
     @property
     def points(self) -> tuple[Point, ...]:
         """What was published, then what the search tried: the plot's and its table's rows."""
-        return (*published_points(self.artefacts), *self.searched)
+        return marked((*published_points(self.artefacts), *self.searched))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -130,22 +124,31 @@ def artefact_of(
     )
 
 
+def accuracy_of(gates: Sequence[GateResult]) -> float | None:
+    """The first of `ACCURACY` that was measured and is a number."""
+    by_name = {gate.name: gate.value for gate in gates if abs(gate.value) < 1e308}
+    return next((by_name[name] for name in ACCURACY if name in by_name), None)
+
+
 def published_points(artefacts: Sequence[ArtefactQuality]) -> tuple[Point, ...]:
-    """The artefacts as points, those on the front of size and accuracy marked; without an accuracy there is none."""
-    found = [(one, one.accuracy) for one in artefacts if one.accuracy is not None and one.error is None]
-    return tuple(
-        Point(
-            label=f"{one.target} ({one.precision})",
-            size_bytes=one.size_bytes,
-            accuracy=accuracy or 0.0,
-            latency_ms=one.latency_ms,
-            is_published=True,
-            is_on_front=not any(
-                (other.size_bytes <= one.size_bytes and (theirs or 0.0) >= (accuracy or 0.0))
-                and (other.size_bytes < one.size_bytes or (theirs or 0.0) > (accuracy or 0.0))
-                for other, theirs in found
-            ),
-            holds=all(gate.passed for gate in one.gates),
-        )
-        for one, accuracy in found
+    """The artefacts as points, the front marked; one that failed or measured no accuracy is none."""
+    found = []
+    for one in artefacts:
+        accuracy = one.accuracy
+        if accuracy is not None and one.error is None:
+            label, holds = f"{one.target} ({one.precision})", all(gate.passed for gate in one.gates)
+            found.append(Point(label, one.size_bytes, accuracy, one.latency_ms, is_published=True, holds=holds))
+    return marked(found)
+
+
+def marked(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points with their front marked anew: what no other beats in size or accuracy and equals in the other."""
+    return tuple(replace(one, is_on_front=not any(_beats(other, one) for other in points)) for one in points)
+
+
+def _beats(one: Point, other: Point) -> bool:
+    return (
+        one.size_bytes <= other.size_bytes
+        and one.accuracy >= other.accuracy
+        and (one.size_bytes, one.accuracy) != (other.size_bytes, other.accuracy)
     )

@@ -160,6 +160,11 @@ def _largest(array: Any, value: float) -> Any:
     return array
 
 
+def _adds_layer_ten(name: str) -> bool:
+    """The scales of the two projections by which the tenth block adds to what passes through."""
+    return name in (f"model.layers.10.{part}.MatMul.weight_scale" for part in ("attn.o_proj", "mlp.down_proj"))
+
+
 VISION: dict[str, Edit] = {
     "scale x2 of the output": before_output("Mul", lambda: [constant("two", 2.0)]),
     "sign of the output": before_output("Neg"),
@@ -203,7 +208,7 @@ LANGUAGE: dict[str, Edit] = {
     "no rotary embedding": set_attribute("GroupQueryAttention", "do_rotary", lambda value: 0),
     "wrong attention scale": set_attribute("GroupQueryAttention", "scale", lambda value: 0.3),
     "KV cut to a window": set_attribute("GroupQueryAttention", "local_window_size", lambda value: 8),
-    "a layer dropped": bypass("SkipSimplifiedLayerNormalization", at=21),
+    "a layer dropped": change(_adds_layer_ten, np.zeros_like, count=2),
     "a gate's activation dropped": bypass("Sigmoid", at=12),
     "NaN in a norm": change(lambda n: n.endswith("layernorm.weight"), lambda a: np.full_like(a, np.nan), at=17),
     "norm weights of another layer": change(

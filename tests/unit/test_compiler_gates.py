@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 
 from compiler.cache import BuildCache, Stage
-from compiler.gates import gate, require_all
-from compiler.metrics import mean_cosine, mean_kl, perplexity, top1_agreement
-from compiler.recipe import parse_recipe
-from compiler.targets import TARGETS_FOLDER, load_target, load_targets, parse_target
+from compiler.gates import budget_gates, gate, language_gates, require_all, tensor_gates
+from compiler.metrics import (
+    language_figures,
+    mean_cosine,
+    mean_kl,
+    perplexity,
+    tensor_figures,
+    top1_accuracy,
+    top1_agreement,
+    worst_slice,
+)
+from compiler.prompt_set import Answers, prompt_figures
+from compiler.recipe import LanguageRecipe, TensorRecipe, parse_recipe
+from compiler.targets import TARGETS_FOLDER, Budget, load_target, load_targets, parse_target
 from wire.errors import GateFailedError, InvalidInputError, NotFoundError
 
 
@@ -23,6 +33,86 @@ def test_equal_logits_agree_in_every_measure() -> None:
 
 def test_uniform_logits_have_the_vocabulary_as_perplexity() -> None:
     assert perplexity(np.zeros((1, 4, 50)), np.zeros((1, 4), np.int64)) == pytest.approx(50.0)
+
+
+def _logits(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return np.random.default_rng(3).standard_normal(shape)
+
+
+def test_a_wrong_scale_passes_cosine_and_agreement_but_not_the_relative_error() -> None:
+    source = _logits(40, 10)
+    results = {one.name: one for one in tensor_gates(tensor_figures(source, 2 * source), TensorRecipe())}
+    assert results["cosine"].passed
+    assert results["top1_agreement"].passed
+    assert results["relative_error"].value == pytest.approx(1.0)
+    assert not results["relative_error"].passed
+
+
+def test_the_class_that_suffers_alone_is_found_behind_a_good_mean() -> None:
+    source = np.eye(10)[np.repeat(np.arange(10), 20)]
+    broken = source.copy()
+    broken[:20] = source[20:40]  # all of class 0 answered as class 1
+    figures = tensor_figures(source, broken)
+    assert figures["top1_agreement"] == pytest.approx(0.9)
+    assert figures["worst_slice_agreement"] == 0.0
+    assert "worst_slice_agreement" in str([one for one in tensor_gates(figures, TensorRecipe()) if not one.passed])
+
+
+def test_slices_of_a_few_cases_are_no_slices_and_nan_is_the_worst() -> None:
+    values = np.array([0.0] * 3 + [0.5] * 8 + [0.9] * 8)
+    groups = ["few"] * 3 + ["half"] * 8 + ["most"] * 8
+    found = worst_slice(values, groups)
+    assert found is not None
+    assert (found.group, found.value, found.num_cases) == ("half", 0.5, 8)
+    values[-1] = np.nan
+    worst = worst_slice(values, groups, smallest_is_worst=False)
+    assert worst is not None
+    assert worst.group == "most"
+    assert worst_slice(values, list(range(len(values)))) is None
+
+
+def test_one_nan_in_an_output_fails_every_gate_of_its_figures() -> None:
+    source = _logits(40, 10)
+    broken = source.copy()
+    broken[7, 3] = np.nan
+    failed = {one.name for one in tensor_gates(tensor_figures(source, broken), TensorRecipe()) if not one.passed}
+    assert {"cosine", "relative_error", "top1_agreement"} <= failed
+
+
+def test_outputs_of_another_shape_fail() -> None:
+    assert not all(one.passed for one in tensor_gates(tensor_figures(_logits(4, 10), _logits(4, 9)), TensorRecipe()))
+
+
+def test_labels_tell_the_accuracy_that_was_lost() -> None:
+    source = np.eye(4)[np.array([0, 1, 2, 3])]
+    labels = np.array([0, 1, 2, 0])
+    assert top1_accuracy(source, labels) == 0.75
+    assert tensor_figures(source, np.roll(source, 1, axis=1), labels=labels)["top1_drop"] == pytest.approx(0.5)
+
+
+def test_every_figure_of_a_language_model_is_required() -> None:
+    source = _logits(2, 8, 12)
+    figures = language_figures(source, source, np.zeros((2, 8), np.int64))
+    answers = Answers([[1]], "v", [[1]], [[2, 3]])
+    figures |= prompt_figures(answers, answers)
+    assert all(one.passed for one in language_gates(figures, LanguageRecipe()))
+    for name in figures:
+        without = {key: value for key, value in figures.items() if key != name}
+        assert [one.name for one in language_gates(without, LanguageRecipe()) if not one.passed] == [name]
+
+
+def test_answers_match_from_the_first_to_the_last_token_and_other_words_are_no_match() -> None:
+    source = Answers([[1], [2]], "v", [[1], [1], [1]], [[5, 6], [7, 8], [9, 9]])
+    artefact = Answers([[1], [3]], "v", [[1], [1], [1]], [[5, 6], [7, 1], [9]])
+    assert prompt_figures(source, artefact) == {"exact_match": pytest.approx(2 / 3), "tokenizer_match": 0.5}
+    assert prompt_figures(source, Answers([[1], [2]], "w", [], source.answers))["tokenizer_match"] == 0.0
+
+
+def test_a_budget_is_judged_where_there_is_one_and_a_figure_nobody_measured_fails() -> None:
+    assert budget_gates({}, Budget()) == []
+    results = budget_gates({"memory_bytes": 5e6}, Budget(latency_ms=10, memory_bytes=4_000_000))
+    assert [(one.name, one.passed) for one in results] == [("latency_ms", False), ("memory_bytes", False)]
+    assert all(one.passed for one in budget_gates({"latency_ms": 9.0}, Budget(latency_ms=10)))
 
 
 @pytest.mark.parametrize("sense", ["<=", ">="])

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from compiler.many import TargetResult
+from compiler.report import report_of
+from compiler.targets import load_target
 from model_registry.manifest import GateResult
 from model_registry.quality_pages import render_html, render_text
 from model_registry.quality_plot import plot
 from model_registry.quality_report import ArtefactQuality, Point, QualityReport, published_points, sentence
+from model_registry.sources import Source
+from wire.errors import GateFailedError
 
 
 def gate(name: str, value: float, *, passed: bool = True) -> GateResult:
@@ -110,3 +116,14 @@ def test_a_failed_gate_says_so_in_words() -> None:
         "The cosine of the outputs is 0.5; at least 0.9 was demanded: failed."
     )
     assert "is not a number" in sentence(gate("cosine", -1e308, passed=False))
+
+
+def test_the_report_of_a_run_shows_the_gates_of_a_target_that_failed_too() -> None:
+    failed = gate("cosine", 0.2, passed=False)
+    error = GateFailedError("cosine is 0.2, limit >= 0.9", gates=[failed.model_dump()])
+    source = Source("onnx", "tensor", Path(), (), "")
+    report = report_of("m", source, [TargetResult(load_target("cpu-x86"), 1.0, error=error)])
+    assert report.artefacts[0].gates == (failed,)
+    assert report.points == ()
+    assert sentence(failed) in render_text(report)
+    assert "not published" in render_html(report)
