@@ -1,23 +1,28 @@
-"""Gates: an artefact compared with its source model on held data, as numbers with limits.
+"""Gates: the figures of an artefact with the limits of its recipe and the budget of its target.
 
-A gate that does not hold is a failed job with this report, never a published artefact. Pure functions over arrays;
-who runs the models is not their business.
+A gate that does not hold is a failed job with this report, never a published artefact. Each result is name, figure,
+limit and verdict, and `sentence` says it in words. A figure that a gate needs and nobody measured does not hold, and
+neither does one that is not finite. Who measures is `compiler.metrics`; who runs the models is not the gates' business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from model_registry.manifest import GateResult
 from wire.errors import GateFailedError
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from compiler.recipe import LanguageRecipe, TensorRecipe
+    from compiler.targets import Budget
+
+Sense = Literal["<=", ">="]
 
 
-def gate(name: str, value: float, sense: Literal["<=", ">="], limit: float) -> GateResult:
+def gate(name: str, value: float, sense: Sense, limit: float) -> GateResult:
     """One result. A value that is not finite fails, whatever the limit."""
     finite = bool(np.isfinite(value))
     passed = finite and (value <= limit if sense == "<=" else value >= limit)
@@ -25,35 +30,37 @@ def gate(name: str, value: float, sense: Literal["<=", ">="], limit: float) -> G
     return GateResult(name=name, value=number, limit=limit, sense=sense, passed=passed)
 
 
-def top1_agreement(one: Array, other: Array) -> float:
-    """Share of rows [cases, classes] whose largest value stands at the same place."""
-    return float((one.argmax(-1) == other.argmax(-1)).mean())
+def tensor_gates(figures: Mapping[str, float], recipe: TensorRecipe) -> list[GateResult]:
+    """The gates of `metrics.tensor_figures`: a classifier's only where it is one."""
+    results = [
+        gate("cosine", figures.get("cosine", np.nan), ">=", recipe.min_cosine),
+        gate("relative_error", figures.get("relative_error", np.nan), "<=", recipe.max_relative_error),
+    ]
+    limits: tuple[tuple[str, Sense, float], ...] = (
+        ("top1_agreement", ">=", recipe.min_top1_agreement),
+        ("worst_slice_agreement", ">=", recipe.min_worst_slice_agreement),
+        ("top1_drop", "<=", recipe.max_top1_drop),
+    )
+    return results + [gate(name, figures[name], sense, limit) for name, sense, limit in limits if name in figures]
 
 
-def mean_cosine(one: Array, other: Array) -> float:
-    """Mean over cases of the cosine between flattened outputs; NaN in, NaN out."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (one, other))
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    same = (a == b).all(axis=1)
-    return float(np.where(same, 1.0, (a * b).sum(1) / np.maximum(norms, 1e-30)).mean())
+def language_gates(figures: Mapping[str, float], recipe: LanguageRecipe) -> list[GateResult]:
+    """The gates of `metrics.language_figures`, all of them required."""
+    limits: tuple[tuple[str, Sense, float], ...] = (
+        ("perplexity_ratio", "<=", recipe.max_perplexity_ratio),
+        ("kl_nats", "<=", recipe.max_kl),
+        ("worst_slice_kl_nats", "<=", recipe.max_worst_slice_kl),
+        ("greedy_agreement", ">=", recipe.min_greedy_agreement),
+        ("exact_match", ">=", recipe.min_exact_match),
+        ("tokenizer_match", ">=", 1.0),
+    )
+    return [gate(name, figures.get(name, np.nan), sense, limit) for name, sense, limit in limits]
 
 
-def log_softmax(logits: Array) -> Array:
-    """Log probabilities along the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def mean_kl(source: Array, artefact: Array) -> float:
-    """Mean Kullback-Leibler divergence of next-token distributions, source from artefact, in nats; logits in."""
-    p, q = log_softmax(source.astype(np.float64)), log_softmax(artefact.astype(np.float64))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def perplexity(logits: Array, tokens: Array) -> float:
-    """exp(mean negative log-likelihood) of `tokens` [windows, length] under `logits` [windows, length, vocabulary]."""
-    likelihood = np.take_along_axis(log_softmax(logits[:, :-1].astype(np.float64)), tokens[:, 1:, None], -1)
-    return float(np.exp(-likelihood.mean()))
+def budget_gates(figures: Mapping[str, float], budget: Budget) -> list[GateResult]:
+    """Latency and memory against what the target's devices have to give; no gate where the target sets no budget."""
+    limits = (("latency_ms", budget.latency_ms), ("memory_bytes", budget.memory_bytes))
+    return [gate(name, figures.get(name, np.nan), "<=", float(limit)) for name, limit in limits if limit is not None]
 
 
 def require_all(results: Sequence[GateResult]) -> None:

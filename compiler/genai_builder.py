@@ -1,18 +1,17 @@
-"""Runs onnxruntime-genai's model builder in this process: `python -m compiler.genai_builder ARGUMENTS`.
+"""onnxruntime-genai's model builder, for a process of its own (`compiler.tools.run_tool`).
 
-A process of its own because the builder holds several gigabytes, prints without restraint and may crash. It ends with
-its parent.
+It holds several gigabytes, prints without restraint, reads its arguments from the command line and may crash.
 """
 
 from __future__ import annotations
 
 import runpy
-import signal
 import sys
 
-from wire.process import die_with_parent
+_BUILDER = "onnxruntime_genai.models.builder"
 
-if __name__ == "__main__":
-    die_with_parent(signal.SIGKILL)
-    sys.argv[0] = "onnxruntime_genai.models.builder"
-    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+
+def build(arguments: list[str]) -> None:
+    """Run the builder with the command line `arguments`."""
+    sys.argv = [_BUILDER, *arguments]
+    runpy.run_module(_BUILDER, run_name="__main__")

@@ -1,7 +1,7 @@
 """One compile job in a process of its own: `python -m compiler.job REQUEST.json`.
 
 The request names local files only; the process has no network business and no credentials. It speaks JSON lines on
-its standard output: `{"stage", "progress", "message"}` while it works, at the end `{"manifest": path}` or
+its standard output: `{"stage", "progress", "message"}` while it works, at the end `{"manifest", "stages"}` or
 `{"error": {...}}`. Everything else that libraries print goes to standard error, the job's log. It ends with its parent.
 """
 
@@ -21,7 +21,8 @@ from wire.process import die_with_parent
 def run(request: dict[str, Any], say: Any) -> None:
     """Compile what `request` describes and `say` how it goes; every failure is said, none is raised."""
     from compiler.cache import BuildCache  # heavy imports after the parent's death is noticed
-    from compiler.pipeline import CompileJob, compile_model
+    from compiler.compile_job import CompileJob
+    from compiler.pipeline import compile_model
     from compiler.recipe import parse_recipe
     from compiler.targets import parse_target
     from model_registry.manifest import Vision
@@ -47,7 +48,7 @@ def run(request: dict[str, Any], say: Any) -> None:
         )
         path = Path(request["out"]).with_suffix(".manifest.json")
         path.write_bytes(built.manifest.to_bytes())
-        say({"manifest": str(path)})
+        say({"manifest": str(path), "stages": [stage.to_dict() for stage in built.stages]})
     except ForeshoreError as error:
         say({"error": error.to_dict()})
     except Exception as error:  # noqa: BLE001 - top of the process: the job fails visibly with its log

@@ -1,24 +1,22 @@
 """A tensor model on disk: what its graph takes and gives, running it, and cleaning it.
 
-Everything is measured through ONNX Runtime on the CPU with one session per file.
+Everything is measured through ONNX Runtime on the CPU with one session per file. `Arithmetic` says whose numbers are
+wanted of an 8-bit graph: those of this processor's integer kernels, or those that its Q/DQ nodes define, in floats.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import onnx
-import onnxruntime
-import onnxslim
-from google.protobuf.message import DecodeError
 
 from model_registry.manifest import Vision
 from wire.errors import UnsupportedModelError
 
 Array = np.ndarray[Any, Any]
+Arithmetic = Literal["kernels", "definition"]
 BATCH = 8
 
 
@@ -39,11 +37,25 @@ class Signature:
         is_image = len(shape) == 4 and shape[1] == 3 and self.types[name] == "tensor(float)"
         return name if is_image else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a stage's result holds it."""
+        return {"inputs": self.inputs, "outputs": self.outputs, "types": self.types}
 
-def open_session(path: Path) -> Any:
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Signature:
+        """What `to_dict` gave."""
+        inputs = {name: tuple(shape) for name, shape in document["inputs"].items()}
+        return cls(inputs, tuple(document["outputs"]), dict(document["types"]))
+
+
+def open_session(path: Path, arithmetic: Arithmetic = "kernels") -> Any:
     """An ONNX Runtime session on the CPU. A graph that it refuses raises `UnsupportedModelError`."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if arithmetic == "definition":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -72,9 +84,9 @@ def fit_vision(signature: Signature, vision: Vision | None, default: Vision) -> 
     return default.model_copy(update={"crop_pixels": side, "resize_pixels": round(side * 256 / 224)})
 
 
-def run_batches(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
+def run_batches(path: Path, inputs: dict[str, Array], arithmetic: Arithmetic = "kernels") -> dict[str, Array]:
     """All outputs for `inputs`, whose first axis is cut into batches that the graph accepts."""
-    session = open_session(path)
+    session = open_session(path, arithmetic)
     names = [output.name for output in session.get_outputs()]
     first = session.get_inputs()[0].shape[0]
     batch = first if isinstance(first, int) and first > 0 else BATCH
@@ -106,6 +118,10 @@ def random_inputs(signature: Signature, num_cases: int) -> dict[str, Array]:
 
 def clean(source: Path, out: Path) -> None:
     """Write the checked and simplified graph of `source` to `out` as one file."""
+    import onnx
+    import onnxslim
+    from google.protobuf.message import DecodeError
+
     try:
         model = onnx.load(str(source))
         onnx.checker.check_model(model)

@@ -8,14 +8,17 @@ strongly typed: precision is what the ONNX says. An engine is bound to its build
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compiler.targets import EngineTarget
+from compiler.tools import ToolCrashedError, ToolError, run_tool, version_of
 from wire.errors import ForeshoreError, UnsupportedModelError
 
 MODULES = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"), "tensorrt": ("tensorrt",)}
+DISTRIBUTIONS = {"tensorrt-rtx": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), "tensorrt": ("tensorrt",)}
 LOG_LINES = 20
 
 
@@ -23,9 +26,13 @@ LOG_LINES = 20
 class Builder:
     """A builder that can work here."""
 
-    module: Any
     name: str
+    module_name: str
     version: str
+
+    def load(self) -> Any:
+        """Its Python module; several hundred megabytes of libraries come with it."""
+        return importlib.import_module(self.module_name)
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,23 @@ class EngineBuildError(ForeshoreError):
 
 
 def find_builder(name: str) -> Builder | NoBuilder:
-    """The builder `name` if its package is installed and works without what this machine lacks."""
+    """The builder `name` if its package is installed and works without what this machine lacks. Nothing is loaded."""
     for module_name in MODULES[name]:
-        try:
-            module: Any = importlib.import_module(module_name)
-        except (ImportError, OSError):
+        if importlib.util.find_spec(module_name) is None:
             continue
-        if name == "tensorrt" and not _has_device(module):
+        version = next((v for v in map(version_of, DISTRIBUTIONS[name]) if v != "absent"), "unknown")
+        if name == "tensorrt" and not _has_device(module_name):
             return NoBuilder("classic TensorRT builds only where the device is; this machine has none")
-        return Builder(module, name, str(module.__version__))
+        return Builder(name, module_name, version)
     return NoBuilder(f"{name} is not installed here (pip install 'foreshore[tensorrt]')")
+
+
+def build_engine_here(name: str, target: dict[str, Any], onnx: str, path: str) -> None:
+    """`build_engine` with plain arguments, for a process of its own."""
+    builder = find_builder(name)
+    if isinstance(builder, NoBuilder):
+        raise EngineBuildError(builder.reason, remedy="compile where the builder is")
+    build_engine(builder, EngineTarget.model_validate(target), Path(onnx), Path(path))
 
 
 def build_engine(builder: Builder, target: EngineTarget, onnx: Path, path: Path) -> None:
@@ -60,7 +74,7 @@ def build_engine(builder: Builder, target: EngineTarget, onnx: Path, path: Path)
     A free axis is built for 1 to `target.max_batch`, tuned for 1. Raises `UnsupportedModelError` with the parser's
     words for a graph that TensorRT does not take, `EngineBuildError` when the build itself fails.
     """
-    trt = builder.module
+    trt = builder.load()
     log = _log(trt)
     maker = trt.Builder(log)
     network = maker.create_network(0)
@@ -108,7 +122,16 @@ def _set_shapes(maker: Any, config: Any, network: Any, max_batch: int) -> None:
         config.add_optimization_profile(profile)
 
 
-def _has_device(module: Any) -> bool:
+def _has_device(module_name: str) -> bool:
+    try:
+        return bool(run_tool("compiler.tensorrt:can_build", {"module_name": module_name}))
+    except (ToolCrashedError, ToolError):
+        return False
+
+
+def can_build(module_name: str) -> bool:
+    """Whether the module's builder can be made here; classic TensorRT's cannot without a device."""
+    module = importlib.import_module(module_name)
     try:
         return module.Builder(module.Logger(module.Logger.ERROR)) is not None
     except (RuntimeError, TypeError):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from compiler.cache import BuildCache
 from compiler.targets import parse_target
 from model_registry.chunking import describe_folder
 from model_registry.client import Lease
@@ -91,6 +92,7 @@ class Worker:
         self._home = home.resolve()
         self._name = name
         self._jobs = self._home / "jobs" / str(os.getpid())
+        self._cache = BuildCache(self._home / "cache")
 
     def run(self, *, num_jobs: int | None = None) -> None:
         """Work until `num_jobs` jobs are done (None: for ever). An unreachable control plane is waited for."""
@@ -123,18 +125,19 @@ class Worker:
             self._fail(lease, error.code, reason, _tail(log))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            self._cache.sweep()
         return True
 
     def _compile(self, lease: Lease, folder: Path, log: Path) -> None:
         progress = _Progress(message="fetching the source")
         with _Heart(self._control, lease, progress, log) as heart:
             request = self._prepare(lease, folder, heart)
-            manifest_path = self._run_process(request, folder, log, progress, heart)
-            manifest = parse_manifest(manifest_path.read_bytes())
+            result = self._run_process(request, folder, log, progress, heart)
+            manifest = parse_manifest(Path(result["manifest"]).read_bytes())
             progress.stage, progress.message = "upload", "storing the artefact"
             digest = self._control.upload_artefact(Path(request["out"]), _files(request, manifest), manifest)
             heart.check()
-        self._control.complete_job(lease, digest)
+        self._control.complete_job(lease, digest, stages=result["stages"])
 
     def _prepare(self, lease: Lease, folder: Path, heart: _Heart) -> dict[str, Any]:
         """Fetch what the job needs and write down the request for its process."""
@@ -171,14 +174,14 @@ class Worker:
             "source_digest": wanted,
             "source": str(folder / "source" if is_folder else folder / "source" / main),
             "golden": str(folder / "golden.npz") if golden else None,
-            "cache": str(self._home / "cache"),
+            "cache": str(self._cache.root),
             "out": str(folder / "artefact"),
         }
 
     def _run_process(
         self, request: dict[str, Any], folder: Path, log: Path, progress: _Progress, heart: _Heart
-    ) -> Path:
-        """Run the job's process to its end; return the manifest's path."""
+    ) -> dict[str, Any]:
+        """Run the job's process to its end; return its last line: the manifest's path and the stages."""
         request_path = folder / "request.json"
         request_path.write_text(json.dumps(request))
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "TMPDIR": str(folder)}
@@ -246,7 +249,7 @@ class _Heart:
             self._stop.wait(HEARTBEAT_S)
 
 
-def _follow(process: subprocess.Popen[bytes], progress: _Progress, heart: _Heart) -> Path:
+def _follow(process: subprocess.Popen[bytes], progress: _Progress, heart: _Heart) -> dict[str, Any]:
     lines: queue.Queue[bytes | None] = queue.Queue(maxsize=1000)
     threading.Thread(target=_read_lines, args=(process, lines), name="job-output", daemon=True).start()
     deadline = time.monotonic() + JOB_TIMEOUT_S
@@ -272,9 +275,9 @@ def _follow(process: subprocess.Popen[bytes], progress: _Progress, heart: _Heart
     return _outcome(result, process.wait(timeout=30))
 
 
-def _outcome(result: dict[str, Any], status: int) -> Path:
+def _outcome(result: dict[str, Any], status: int) -> dict[str, Any]:
     if "manifest" in result:
-        return Path(result["manifest"])
+        return result
     if "error" in result:
         raise _JobError.of(result["error"])
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"

@@ -18,6 +18,7 @@ from model_registry.blobs import file_pieces
 from model_registry.gguf_layout import read_gguf
 from model_registry.manifest import Kind, canonical_bytes, sha256
 from model_registry.onnx_layout import OnnxLayout, read_onnx
+from model_registry.pt2_layout import read_pt2
 from model_registry.safetensors_layout import read_safetensors
 from wire.errors import IntegrityError, UnsupportedModelError
 
@@ -26,6 +27,7 @@ MAX_JSON_BYTES = 64 << 20
 MAX_FILES = 500
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+_CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _KEPT_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 
@@ -77,6 +79,11 @@ def recognise(path: Path) -> Source:
         raise UnsupportedModelError(f"{path.name} is empty", remedy="download or export it again")
     if start.startswith(b"GGUF"):
         return _recognise_gguf(path)
+    if path.suffix == ".pt2" and start.startswith(b"PK\x03\x04"):
+        read_pt2(path)
+        raise UnsupportedModelError(
+            f"{path.name} is a torch.export program", remedy=f"foreshore import {path.name} --out model.onnx, then that"
+        )
     _refuse_pickle(path, start)
     if path.suffix == ".onnx":
         return _recognise_onnx(path)
@@ -177,9 +184,10 @@ def _recognise_folder(path: Path) -> Source:
 def _refuse_own_code(path: Path, config: dict[str, Any]) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         document = config if name == "config.json" else _find_json(path / name)
-        if document and document.get("auto_map"):
+        wish = next((key for key in _CODE_KEYS if document and document.get(key)), None)
+        if wish is not None:
             raise UnsupportedModelError(
-                f"{name} asks to run the model's own code (auto_map)", remedy="code from models is never run here"
+                f"{name} asks to run the model's own code ({wish})", remedy="code from models is never run here"
             )
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:

@@ -135,7 +135,9 @@ def sample_app() -> FastAPI:
     gates = [{"name": "top1_agreement", "value": 0.984, "limit": 0.97, "sense": ">=", "passed": True}]
     artefacts = [
         {"target": "cpu-x86", "manifest": DIGEST, "size_bytes": 14 << 20, "runtime": "onnxruntime",
-         "precision": "fp32", "deltas": [], "gates": []},
+         "precision": "fp32", "deltas": [], "recipe_digest": DIGEST,
+         "tools": {"onnxruntime": "1.32.0", "onnx": "1.23.2"},
+         "gates": [{"name": "top1_agreement", "value": 1.0, "limit": 0.97, "sense": ">=", "passed": True}]},
         {"target": "cpu-x86-int8", "manifest": DIGEST, "size_bytes": 4 << 20, "runtime": "onnxruntime",
          "precision": "int8-qdq", "deltas": [{"name": "from-1-0-0", "wire_bytes": 310_000}], "gates": gates},
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -21,8 +22,15 @@ def built_language_model() -> Path:
         target.parent.mkdir(exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent))
         try:
-            build_genai(SOURCE, staging / "model", "int4", CONTEXT_TOKENS)
+            build_genai(SOURCE, staging / "model", "int4", "cpu", {"algo_config": "k_quant_mixed"})
+            _limit_context(staging / "model" / "genai_config.json")
             os.rename(staging / "model", target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _limit_context(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["model"]["context_length"] = config["search"]["max_length"] = CONTEXT_TOKENS
+    path.write_text(json.dumps(config))

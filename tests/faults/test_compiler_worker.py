@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
-import shutil
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from compiler.targets import load_target
 from compiler.worker import Worker
-from model_registry.client import Lease
-from model_registry.manifest import Manifest
-from model_registry.sources import hash_source, recognise, source_digest
 from tests.fakes.compiler_models import write_classifier
+from tests.fakes.folder_control import LENIENT, FolderControl
 
 pytestmark = pytest.mark.faults
 
-
-class FolderControl:
-    """A control plane with one job whose blobs are files; keeps what the worker says."""
-
-    def __init__(self, source: Path, recipe: dict[str, Any]) -> None:
-        found = hash_source(recognise(source))
-        self._source = source
-        files = [{"path": f.path, "digest": f.digest, "size_bytes": f.size_bytes} for f in found.files]
-        self.spec = {
-            "name": "small",
-            "model_kind": "tensor",
-            "target": load_target("cpu-x86").model_dump(mode="json"),
-            "recipe": recipe,
-            "source": {"format": "onnx", "files": files, "digest": source_digest(found.format, found.files)},
-            "golden": None,
-            "vision": None,
-        }
-        self.cancel = threading.Event()
-        self.stages: list[str] = []
-        self.completed: str | None = None
-        self.failed: dict[str, str] | None = None
-
-    def lease_job(self, worker_id: str, kinds: Any, targets: Any) -> Lease | None:
-        return Lease("job", "lease", 30.0, self.spec)
-
-    def heartbeat(
-        self, lease: Lease, *, stage: str, progress: float, message: str = "", log: str | None = None
-    ) -> bool:
-        self.stages.append(stage)
-        return self.cancel.is_set()
-
-    def complete_job(self, lease: Lease, manifest: str, *, stages: Any = None) -> None:
-        self.completed = manifest
-
-    def fail_job(self, lease: Lease, *, code: str, reason: str, log: str) -> None:
-        self.failed = {"code": code, "reason": reason, "log": log}
-
-    def download_blob(self, digest: str, path: Path, *, max_bytes: int) -> int:
-        shutil.copyfile(self._source, path)
-        return path.stat().st_size
-
-    def upload_artefact(self, root: Path, files: Any, manifest: Manifest) -> str:
-        for file in files:
-            assert hashlib.sha256((root / file.path).read_bytes()).hexdigest() == file.digest
-        return manifest.digest
-
-
-LENIENT = {"tensor": {"min_top1_agreement": 0.5, "min_cosine": 0.9, "gate_crops": 16, "calibration_crops": 16}}
+EVERYTHING = os.environ.get("FORESHORE_FAULTS") == "all"
+NUM_CRASHES = 50 if EVERYTHING else 4
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGKILL)
+KILL_AFTER = (1, 2, 4, 6, 8, 9) if EVERYTHING else (5,)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -91,7 +46,9 @@ def _wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
 
 
 def _leftovers(home: Path) -> list[Path]:
-    return [path for path in (home / "jobs").rglob("*") if path.is_file()]
+    """Files of jobs and half-built stages."""
+    half = (home / "cache").glob(".building-*")
+    return [*half, *(path for path in (home / "jobs").rglob("*") if path.is_file())]
 
 
 def test_a_job_is_compiled_in_its_own_process_and_completed(control: FolderControl, tmp_path: Path) -> None:
@@ -148,3 +105,75 @@ def test_what_a_killed_worker_left_is_removed_by_the_next(control: FolderControl
     assert not psutil.pid_exists(4194399) or os.getpid() != 4194399
     Worker(control, tmp_path / "home", "w").run(num_jobs=1)
     assert not orphan.exists()
+
+
+def test_progress_rises_names_stages_and_tells_the_time_left(control: FolderControl, tmp_path: Path) -> None:
+    Worker(control, tmp_path / "home", "w").run(num_jobs=1)
+    shares = [share for stage, share, _ in control.heartbeats if stage not in ("fetch", "upload")]
+    assert shares == sorted(shares)
+    assert any("s left" in message for _, _, message in control.heartbeats)
+    assert {stage["stage"] for stage in control.stages} >= {"clean", "calibrate", "quantise", "measure", "package"}
+
+
+def test_every_native_crash_is_a_failed_job_that_says_why_and_the_worker_goes_on(tmp_path: Path) -> None:
+    """The job's process or a tool below it is ended by a signal at a random moment; the cache is cold each time."""
+    random_ = random.Random(4)
+    source = write_classifier(tmp_path / "classifier.onnx")
+    for number in range(NUM_CRASHES):
+        control = FolderControl(source, LENIENT, "rtx")
+        home = tmp_path / f"home{number}"
+        thread = threading.Thread(target=Worker(control, home, "w").run_one)
+        thread.start()
+        _wait_for(_job_processes)
+        if number % 2:
+            _wait_for(_tool_processes)
+        else:
+            time.sleep(random_.uniform(0, 1))
+        victims = _tool_processes() if number % 2 else _job_processes()
+        crash = random_.choice(CRASHES)
+        victims[0].send_signal(crash)
+        thread.join(60)
+        assert not thread.is_alive()
+        assert control.failed is not None, number
+        assert control.failed["code"] in ("crashed", "tool_crashed")
+        assert signal.Signals(crash).name in control.failed["reason"]
+        assert _leftovers(home) == []
+    control = FolderControl(source, LENIENT)
+    Worker(control, tmp_path / "home0", "w").run(num_jobs=1)
+    assert control.completed is not None
+
+
+def _tool_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "compiler.tools" in process.cmdline():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("num_stages", KILL_AFTER)
+def test_a_killed_worker_loses_at_most_the_stage_it_was_in(tmp_path: Path, num_stages: int) -> None:
+    source = write_classifier(tmp_path / "classifier.onnx")
+    home, result = tmp_path / "home", tmp_path / "result.json"
+    command = [sys.executable, "-m", "tests.fakes.folder_control", str(source), str(home), str(result)]
+    worker = subprocess.Popen(command, cwd=ROOT)
+    _wait_for(lambda: len(_built_stages(home)) >= num_stages)
+    jobs = psutil.Process(worker.pid).children(recursive=True)
+    worker.kill()
+    worker.wait(30)
+    psutil.wait_procs(jobs, timeout=5)
+    assert not any(p.is_running() for p in jobs)
+    kept = _built_stages(home)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    outcome = json.loads(result.read_bytes())
+    assert outcome["failed"] is None
+    rebuilt = {f"{s['stage']}-{s['key'][:40]}" for s in outcome["stages"] if not s["was_cached"]}
+    assert rebuilt.isdisjoint(kept)
+    assert _leftovers(home) == []
+
+
+def _built_stages(home: Path) -> set[str]:
+    return {path.parent.name for path in (home / "cache").glob("[!.]*/stage.json")}

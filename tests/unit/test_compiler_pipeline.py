@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from compiler.cache import BuildCache
-from compiler.pipeline import CompileJob, compile_model
+from compiler.compile_job import CompileJob
+from compiler.pipeline import compile_model
 from compiler.quantise import count_integer_kernels
 from compiler.recipe import parse_recipe
 from compiler.targets import load_target
@@ -92,3 +93,29 @@ def test_a_publishers_golden_set_is_shipped_as_it_is(tmp_path: Path) -> None:
     np.savez(tmp_path / "golden.npz", **{"input.image": images, "output.logits": np.ones((3, CLASSES), np.float32)})
     built = _compile(_job(tmp_path, golden=tmp_path / "golden.npz"), tmp_path)
     assert (built.folder / "golden.npz").read_bytes() == (tmp_path / "golden.npz").read_bytes()
+
+
+def test_the_publishers_data_calibrate_and_judge_in_place_of_photographs(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((32, 3, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", image=images)
+    built = _compile(_job(tmp_path, data=tmp_path / "data.npz"), tmp_path)
+    with np.load(built.folder / "golden.npz") as arrays:
+        assert np.array_equal(arrays["input.image"], images[1:12:2])
+    photographs = _compile(_job(tmp_path), tmp_path, "photographs")
+    assert built.manifest.files != photographs.manifest.files
+
+
+def test_data_of_another_model_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", picture=np.zeros((32, 3, 32, 32), np.float32))
+    with pytest.raises(InvalidInputError, match="the data hold"):
+        _compile(_job(tmp_path, data=tmp_path / "data.npz"), tmp_path)
+
+
+def test_when_no_rung_holds_the_layers_that_must_stay_float_are_searched_for(tmp_path: Path) -> None:
+    strict = {"tensor": {**LENIENT["tensor"], "min_cosine": 0.9997, "float_rungs": [0], "min_integer_layer_share": 0.3}}
+    built = _compile(_job(tmp_path, recipe=strict), tmp_path)
+    note = next(note for note in built.notes if "stay float" in note)
+    assert note.startswith("1 of 3 layers stay float (5 tried): second")
+    assert all(gate.passed for gate in built.manifest.gates)
+    with pytest.raises(GateFailedError, match="cosine"):
+        _compile(_job(tmp_path, recipe={"tensor": {**strict["tensor"], "search": False}}), tmp_path, "other")

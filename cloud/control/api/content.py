@@ -139,7 +139,7 @@ def release_document(plane: ControlPlane, row: ReleaseRow) -> dict[str, Any]:
                 "runtime": one.runtime,
                 "precision": one.precision,
                 "deltas": one.deltas,
-                "gates": _gates(plane, one.manifest),
+                **_quality(plane, one.manifest),
             }
             for one in row.artefacts
         ],
@@ -158,12 +158,14 @@ def _model_document(plane: ControlPlane, summary: catalogue.ModelSummary) -> dic
     }
 
 
-def _gates(plane: ControlPlane, digest: str) -> list[dict[str, Any]]:
+def _quality(plane: ControlPlane, digest: str) -> dict[str, Any]:
+    """Gates and provenance as the artefact's manifest states them; empty where the manifest is gone."""
     try:
         manifest = parse_manifest(plane.blobs.get(digest, max_bytes=MAX_MANIFEST_BYTES), expected_digest=digest)
     except NotFoundError:
-        return []
-    return [gate.model_dump(mode="json") for gate in manifest.gates]
+        return {"gates": [], "tools": {}, "recipe_digest": None}
+    gates = [gate.model_dump(mode="json") for gate in manifest.gates]
+    return {"gates": gates, "tools": manifest.tools, "recipe_digest": manifest.recipe_digest}
 
 
 def _check_readable(plane: ControlPlane, by: Principal, digest: str) -> None:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from cloud.control.pages.model_view import release_quality
 from cloud.control.pages.session import COOKIE, csrf_token
 from cloud.control.pages.views import tone
 from wire.errors import ForeshoreError
@@ -36,6 +37,7 @@ class Renderer:
             lstrip_blocks=True,
         )
         self._environment.filters.update(bytes=size_text, short=short, instant=instant, words=words, number=number)
+        self._environment.filters["quality"] = release_quality
         self._environment.globals.update(tone=tone, navigation=NAVIGATION, action_words=ACTION_WORDS)
 
     def page(self, request: Request, template: str, values: Mapping[str, Any], *, status: int = 200) -> HTMLResponse:

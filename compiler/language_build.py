@@ -1,0 +1,104 @@
+"""A language model for one target: 4 bits, then more and more layers of 8 bits, until the gates hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compiler import language_stages
+from compiler.cache import Built
+from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, Tried, fingerprint, size_bytes
+from compiler.gates import budget_gates, gate, language_gates, require_all
+from compiler.options import builder_options, language_notes
+from compiler.package import Part
+from compiler.progress import Report
+from compiler.recipe import LanguageRecipe, Recipe
+from compiler.workshop import Workshop
+from model_registry.manifest import GateResult, Golden
+from wire.errors import InvalidInputError
+
+
+def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report: Report) -> BuiltModel:
+    """The artefact's folder and golden set, its gates held. Raises `GateFailedError` with the figures."""
+    if job.golden is not None:
+        raise InvalidInputError("a golden set was given for a language model", remedy="publish it without --golden")
+    source, digest = job.source, job.source_digest
+    if job.source_format == "gguf":
+        imported = language_stages.import_gguf(shop, source, digest, report)
+        source, digest = imported.path(language_stages.MODEL), imported.digest
+    name = fingerprint(job, source, shop, digest)
+    language = recipe.language
+    precision, provider = language.precision or "fp32", job.target.language.provider
+    built = language_stages.build_genai(shop, source, name, precision, provider, builder_options(language))
+    notes = language_notes(job.recipe, shop, source, name, precision, provider, built)
+    reference = language_stages.source_logits(shop, source, name, language.gate_tokens)
+    tried: list[Tried] = []
+    gates: list[GateResult] = []
+    size = 0
+    for label, candidate in _mixed_bits(shop, source, name, language, provider, built):
+        figures = language_stages.measure(shop, candidate, reference)
+        size = size_bytes(candidate.path(language_stages.MODEL))
+        gates = _judge_language(figures, size / max(1, size_bytes(source)), recipe)
+        tried.append(Tried(label, size, tuple(gates)))
+        shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
+        built = candidate
+        if all(result.passed for result in gates):
+            break
+    config = language_stages.limited_config(shop, built, language.context_tokens)
+    context = int(config.read_json(language_stages.CONFIG)["model"]["context_length"])
+    memory = _language_memory_bytes(config.read_json(language_stages.CONFIG), size, context)
+    gates += budget_gates({"memory_bytes": memory}, job.target.budget.model_copy(update={"latency_ms": None}))
+    require_all(gates)
+    golden = language_stages.golden(shop, built)
+    parts = [
+        Part(path.removeprefix("model/"), built.path(path), digest)
+        for path, digest in built.files.items()
+        if path != f"model/{language_stages.CONFIG}"
+    ]
+    parts += [
+        Part(name, stage.path(name), stage.files[name])
+        for stage, name in ((config, language_stages.CONFIG), (golden, language_stages.GOLDEN))
+    ]
+    return BuiltModel(
+        parts=parts,
+        graph=built,
+        runtime="onnxruntime-genai",
+        precision=precision,
+        entry=".",
+        gates=gates,
+        golden=Golden(
+            path=language_stages.GOLDEN,
+            num_cases=len(golden.read_json(language_stages.GOLDEN)["cases"]),
+            min_token_agreement=language.golden_min_token_agreement,
+        ),
+        vision=None,
+        context_tokens=context,
+        memory_bytes=memory,
+        notes=notes,
+        tried=tuple(tried),
+    )
+
+
+def _mixed_bits(
+    shop: Workshop, source: Path, fingerprint: str, language: LanguageRecipe, provider: str, built: Built
+) -> Iterator[tuple[str, Built]]:
+    """`built`, then with more and more 8-bit layers, each with its name."""
+    yield language.precision or "fp32", built
+    if language.precision != "int4" or provider != "cpu":
+        return
+    for rung in filter(None, language.eight_bit_rungs):
+        eight = language_stages.build_genai(shop, source, fingerprint, "int8", provider, {"algo_config": "k_quant"})
+        yield f"int4, {' and '.join(rung)} int8", language_stages.raise_bits(shop, built, eight, rung)
+
+
+def _judge_language(figures: Mapping[str, float], size_ratio: float, recipe: Recipe) -> list[GateResult]:
+    limit = 3.0 if recipe.language.precision == "fp32" else recipe.max_size_ratio
+    return [*language_gates(figures, recipe.language), gate("size_ratio", size_ratio, "<=", limit)]
+
+
+def _language_memory_bytes(config: Mapping[str, Any], size_bytes: int, context_tokens: int) -> int:
+    """Weights (mapped and packed once more), the KV cache of one full context, and the runtime."""
+    decoder = config["model"]["decoder"]
+    per_token = 2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * 4
+    return 2 * size_bytes + per_token * context_tokens + 2 * RUNTIME_OVERHEAD_BYTES

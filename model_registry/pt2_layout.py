@@ -1,0 +1,130 @@
+"""A torch.export archive (.pt2), read as a zip file without torch: is it plain data, and which operators does it call?
+
+An archive may hold pickles in three places (weights and constants marked `use_pickle`, script objects, the sample
+inputs) and native code (AOTInductor's libraries). Everything but the sample inputs is refused; those are never read:
+`write_plain` makes the copy without them that the importer opens. Operators outside PyTorch's own are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wire.errors import UnsupportedModelError
+
+MAX_ENTRIES = 100_000
+MAX_GRAPH_BYTES = 256 << 20
+NAMESPACES = ("aten", "prims", "higher_order")
+_MODEL = "models/model.json"
+_WEIGHTS = "data/weights/model_weights_config.json"
+_CONSTANTS = "data/constants/model_constants_config.json"
+_SAMPLES = "data/sample_inputs/model.pt"
+_KNOWN = re.compile(
+    r"data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder|version"
+    r"|\.data/[a-z_]+|\.format_version|\.storage_alignment|extra/[\w.]+"
+)
+
+
+@dataclass(frozen=True)
+class Pt2Layout:
+    """What the archive says: the operators that its graph calls, sorted, and the number of its weights."""
+
+    operators: tuple[str, ...]
+    num_weights: int
+
+
+def read_pt2(path: Path) -> Pt2Layout:
+    """Check the archive at `path`. Raises `UnsupportedModelError` with the reason for all that is not plain data."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = _names(archive, path)
+            weights = _plain_payloads(archive, names, _WEIGHTS)
+            _plain_payloads(archive, names, _CONSTANTS)
+            operators = tuple(sorted(set(_targets(_json(archive, names, _MODEL)))))
+    except (zipfile.BadZipFile, OSError, KeyError, ValueError, RecursionError) as error:
+        raise UnsupportedModelError(
+            f"{path.name} is not a readable torch.export archive: {error}", remedy="write it with torch.export.save"
+        ) from error
+    foreign = [name for name in operators if not _is_own(name)]
+    if foreign:
+        raise UnsupportedModelError(
+            f"{path.name} calls unknown operators: {', '.join(foreign[:5])}", remedy="express them with PyTorch's own"
+        )
+    return Pt2Layout(operators, len(weights))
+
+
+def write_plain(source: Path, out: Path) -> None:
+    """Copy the checked archive at `source` to `out` with empty sample inputs, so that no pickle is left in it."""
+    read_pt2(source)
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as copy:
+        for info in archive.infolist():
+            is_sample = info.filename.endswith(_SAMPLES)
+            copy.writestr(info.filename, b"" if is_sample else archive.read(info))
+
+
+def _names(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Entries by their name below the archive's one folder; an entry that is not plain data is refused."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    infos = archive.infolist()
+    if len(infos) > MAX_ENTRIES:
+        raise ValueError(f"{len(infos)} entries")
+    for info in infos:
+        name = info.filename.partition("/")[2]
+        if name in found or info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"entry {info.filename!r} is compressed or there twice")
+        if name not in (_MODEL, _WEIGHTS, _CONSTANTS, _SAMPLES) and not _KNOWN.fullmatch(name):
+            raise UnsupportedModelError(
+                f"{path.name} holds {info.filename!r}, which is not plain data (a pickle or code may be in it)",
+                remedy="export plain tensors with torch.export.save, without AOTInductor and script objects",
+            )
+        found[name] = info
+    return found
+
+
+def _json(archive: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], name: str) -> Any:
+    if name not in names:
+        raise ValueError(f"there is no {name} in it")
+    if names[name].file_size > MAX_GRAPH_BYTES:
+        raise ValueError(f"{name} has {names[name].file_size} bytes")
+    return json.loads(archive.read(names[name]))
+
+
+def _plain_payloads(archive: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo], name: str) -> dict[str, Any]:
+    """The entries of a weights or constants list, all of them tensors stored as they are."""
+    config = _json(archive, names, name).get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} lists nothing")
+    for tensor, payload in config.items():
+        place = f"{name.rpartition('/')[0]}/{payload['path_name']}"
+        if payload.get("use_pickle") is not False or not payload.get("tensor_meta") or not _KNOWN.fullmatch(place):
+            raise UnsupportedModelError(
+                f"{tensor!r} is stored as a pickle, and opening one can run code",
+                remedy="make it a plain, contiguous tensor before torch.export",
+            )
+        if place not in names:
+            raise ValueError(f"{place} is missing")
+    return config
+
+
+def _targets(value: Any) -> Iterator[str]:
+    """The targets of all nodes, those of nested graphs included."""
+    if isinstance(value, dict):
+        if isinstance(value.get("target"), str) and "inputs" in value:
+            yield value["target"]
+        for inner in value.values():
+            yield from _targets(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _targets(inner)
+
+
+def _is_own(target: str) -> bool:
+    parts = target.split(".")
+    if parts[:2] == ["torch", "ops"]:
+        return len(parts) >= 4 and parts[2] in NAMESPACES
+    return parts[0] in ("_operator", "math") and len(parts) == 2
