@@ -128,6 +128,7 @@ class CudaRunner:
         """Put one step on the device. Unknown last tokens must come from the step launched just before."""
         self._forget_absent(chunks)
         decodes = [i for i, c in enumerate(chunks) if c.num_tokens == 1 and c.is_sampled]
+        decodes.sort(key=lambda i: chunks[i].start, reverse=True)  # attention ends evenly when long contexts begin
         chosen = set(decodes)
         prefills = [i for i in range(len(chunks)) if i not in chosen]
         sampled = decodes + [i for i in prefills if chunks[i].is_sampled]
