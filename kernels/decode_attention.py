@@ -179,7 +179,7 @@ def num_splits_for(num_rows: int, num_kv_heads: int, max_context: int, num_proce
     Depends on bounds only, never on the lengths on the device, so that a captured graph stays valid.
     """
     programs = num_rows * num_kv_heads
-    wanted = -(-2 * num_processors // programs)
+    wanted = -(-3 * num_processors // programs)
     most = max(1, -(-max_context // 128))
     return triton.next_power_of_2(max(1, min(wanted, most, 64)))
 

@@ -180,4 +180,4 @@ class CudaStep:
             prefill_attention.prefill(
                 q[first:], k_cache, v_cache, tables[first:], lens[first:], starts, scale, out[first:]
             )
-        return out.view(out.shape[0], -1)
+        return out.flatten(1)
