@@ -292,10 +292,12 @@ class Scheduler:
 
     def _seal_full_blocks(self, request: Request) -> None:
         full = request.num_computed_tokens // self.pool.block_size
+        if full <= request.num_sealed_blocks:
+            return
         names = itertools.islice(request.hashes(self.pool.block_size), request.num_sealed_blocks, full)
         for index, name in enumerate(names, request.num_sealed_blocks):
             self.pool.seal(request.block_ids[index], name)
-        request.num_sealed_blocks = max(request.num_sealed_blocks, full)
+        request.num_sealed_blocks = full
 
     def _finish_reason(self, request: Request, token: int | None) -> FinishReason | None:
         if request.is_prefill_only:
