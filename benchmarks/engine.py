@@ -1,24 +1,36 @@
-"""The serving engine: on CPU against transformers in the same run, on CUDA by `engine_cuda`.
+"""The serving engine: on CPU against transformers (and vLLM, where set up) in the same run, on CUDA by `engine_cuda`.
 
 CPU: SmolLM2-135M (and Qwen2.5-0.5B when its folder is in the cache) in bfloat16, same threads; prefill of 512 tokens,
 greedy decoding alone and eight at once. Ratios above 1 mean that the engine is faster. Limit of decoding alone: memory
-bandwidth over the size of the weights, given as a share of the bandwidth measured by a large copy.
+bandwidth over the size of the weights, given as a share of the bandwidth measured by a large copy. OMP_NUM_THREADS sets
+the threads of all. vLLM runs where FORESHORE_VLLM_PYTHON names an interpreter that has it (`benchmarks/vllm_cpu.py`).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import vllm_cpu
 from benchmarks.harness import Goal
 
 DEVICES = ("cpu", "cuda")
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "models"
 MODELS = {"smollm2": "smollm2-135m-instruct", "qwen05": "qwen2.5-coder-0.5b-instruct"}
 KINDS = ("prefill", "decode1", "decode8")
-GOALS = [Goal(f"ratio_vs_transformers_smollm2_{kind}", 1.0, ">=") for kind in KINDS]
+VLLM_PYTHON = "FORESHORE_VLLM_PYTHON"
+GOALS = [
+    Goal(f"ratio_vs_{peer}_{model}_{kind}", 1.0, ">=")
+    for peer in ("transformers", *(["vllm_cpu"] if VLLM_PYTHON in os.environ else []))
+    for model, folder in MODELS.items()
+    if model == "smollm2" or (CACHE / folder / "config.json").is_file()
+    for kind in KINDS
+]
 PREFILL_TOKENS = 512
 
 
@@ -37,12 +49,15 @@ def run(quick: bool, device: str = "cpu") -> dict[str, float]:
 
 def _measure(name: str, folder: Path, num_new: int) -> dict[str, float]:
     ours, weight_bytes = _ours(folder, num_new)
-    theirs = _theirs(folder, num_new)
+    peers = {"transformers": _theirs(folder, num_new)}
+    if python := os.environ.get(VLLM_PYTHON):
+        peers["vllm_cpu"] = vllm_cpu.measure(python, folder, num_new, torch.get_num_threads())
     figures = {}
     for kind in KINDS:
         figures[f"{name}_{kind}_tok_s"] = ours[kind]
-        figures[f"{name}_{kind}_tok_s_transformers"] = theirs[kind]
-        figures[f"ratio_vs_transformers_{name}_{kind}"] = ours[kind] / theirs[kind]
+        for peer, theirs in peers.items():
+            figures[f"{name}_{kind}_tok_s_{peer}"] = theirs[kind]
+            figures[f"ratio_vs_{peer}_{name}_{kind}"] = ours[kind] / theirs[kind]
     figures[f"{name}_decode1_share_of_bandwidth"] = ours["decode1"] * weight_bytes / _read_bandwidth()
     return figures
 
@@ -84,7 +99,6 @@ def _ours(folder: Path, num_new: int) -> tuple[dict[str, float], int]:
 
 
 def _theirs(folder: Path, num_new: int) -> dict[str, float]:
-    import torch
     import transformers
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -127,7 +141,5 @@ def _best(function: Callable[[], Any]) -> float:
 
 def _read_bandwidth() -> float:
     """Bytes per second of a sum over 256 MiB: what reading weights could reach at best."""
-    import torch
-
     data = torch.ones(64 << 20)
     return data.numel() * 4 / _best(lambda: data.sum())

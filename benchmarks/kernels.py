@@ -18,7 +18,18 @@ import torch
 import triton
 
 from benchmarks.harness import Goal
-from kernels import activation, attention, gemv, kv_cache, moe, norm, quant, reference
+from kernels import (
+    activation,
+    decode_attention,
+    gemv,
+    kv_cache,
+    moe,
+    norm,
+    paged,
+    prefill_attention,
+    quant,
+    reference,
+)
 
 DEVICES = ("cuda",)
 GOALS = [
@@ -34,10 +45,10 @@ GOALS = [
 ]
 HEAD_DIM = 128
 DECODE_TILES = [
-    attention.Tile(16, n, w, s) for n, w, s in ((32, 2, 4), (64, 4, 3), (64, 2, 3), (64, 4, 4), (64, 4, 5), (64, 8, 3))
+    paged.Tile(16, n, w, s) for n, w, s in ((32, 2, 4), (64, 4, 3), (64, 2, 3), (64, 4, 4), (64, 4, 5), (64, 8, 3))
 ]
 PREFILL_TILES = [
-    attention.Tile(m, n, w, s)
+    paged.Tile(m, n, w, s)
     for m, n, w, s in ((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2))
 ]
 GEMV_SHAPES = {"small": (6144, 1024), "square": (4096, 4096), "wide": (28672, 4096), "deep": (4096, 14336)}
@@ -83,26 +94,28 @@ class PagedCase:
     def kv_bytes(self) -> int:
         return 2 * self.num_seqs * self.length * self.kv_heads * HEAD_DIM * 2
 
-    def decode(self, tile: attention.Tile | None = None, splits: int | None = None) -> Callable[[], torch.Tensor]:
+    def decode(self, tile: paged.Tile | None = None, splits: int | None = None) -> Callable[[], torch.Tensor]:
         q = rand(self.num_seqs, self.heads, HEAD_DIM)
         out = torch.full_like(q, float("nan"))
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        splits = splits or attention.num_splits_for(self.num_seqs, self.kv_heads, self.length, processors)
-        workspace = attention.SplitWorkspace.allocate(self.num_seqs, self.heads, HEAD_DIM, splits, q.device)
+        splits = splits or decode_attention.num_splits_for(self.num_seqs, self.kv_heads, self.length, processors)
+        workspace = decode_attention.SplitWorkspace.allocate(self.num_seqs, self.heads, HEAD_DIM, splits, q.device)
         self.q = q
-        return lambda: attention.decode(
+        return lambda: decode_attention.decode(
             q, *self.caches, self.table, self.lens, HEAD_DIM**-0.5, out, splits, workspace, tile=tile
         )
 
-    def prefill(self, tile: attention.Tile | None = None) -> Callable[[], torch.Tensor]:
+    def prefill(self, tile: paged.Tile | None = None) -> Callable[[], torch.Tensor]:
         q = rand(self.num_seqs * self.length, self.heads, HEAD_DIM)
         out = torch.full_like(q, float("nan"))
         starts = torch.arange(self.num_seqs + 1, device="cuda", dtype=torch.int32) * self.length
         self.q, self.starts = q, starts
-        return lambda: attention.prefill(q, *self.caches, self.table, self.lens, starts, HEAD_DIM**-0.5, out, tile=tile)
+        return lambda: prefill_attention.prefill(
+            q, *self.caches, self.table, self.lens, starts, HEAD_DIM**-0.5, out, tile=tile
+        )
 
 
-def decode_attention(copy_gb_s: float, quick: bool) -> dict[str, float]:
+def decoding(copy_gb_s: float, quick: bool) -> dict[str, float]:
     figures = {}
     for group, page in ((4, 16), (4, 64), (4, 256), (8, 16), (2, 16)):
         case = PagedCase(128, 2048, 8, group, page)
@@ -123,7 +136,7 @@ def decode_attention(copy_gb_s: float, quick: bool) -> dict[str, float]:
     return figures
 
 
-def prefill_attention(matmul_tflops: float, quick: bool) -> dict[str, float]:
+def prefilling(matmul_tflops: float, quick: bool) -> dict[str, float]:
     figures = {}
     for group, kv_heads, page in ((4, 8, 16), (4, 8, 128), (2, 8, 16)):
         case = PagedCase(1, 8192, kv_heads, group, page)
@@ -226,8 +239,8 @@ def run(quick: bool, device: str = "cuda") -> dict[str, float]:
         return {}
     torch.manual_seed(0)
     figures = limits(quick)
-    figures |= decode_attention(figures["copy_gb_s"], quick)
-    figures |= prefill_attention(figures["matmul_tflops"], quick)
+    figures |= decoding(figures["copy_gb_s"], quick)
+    figures |= prefilling(figures["matmul_tflops"], quick)
     figures |= elementwise(figures["copy_gb_s"], quick)
     figures |= experts(figures["copy_gb_s"], figures["matmul_tflops"], quick)
     figures |= vector_products(figures["copy_gb_s"], quick)
@@ -285,7 +298,7 @@ def tune() -> None:
             _print_tile(f"prefill page {page}", tile, case.prefill(tile), work, "TFLOP/s")
 
 
-def _print_tile(what: str, tile: attention.Tile, call: Callable[[], Any], work: float, unit: str) -> None:
+def _print_tile(what: str, tile: paged.Tile, call: Callable[[], Any], work: float, unit: str) -> None:
     try:
         rate = f"{work / seconds(call, quick=True):9.1f} {unit}"
     except (triton.runtime.errors.OutOfResources, RuntimeError) as error:

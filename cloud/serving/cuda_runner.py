@@ -24,7 +24,7 @@ from cloud.serving.request import Request
 from cloud.serving.runner import sampling_row
 from cloud.serving.sampler import sample
 from cloud.serving.scheduler import Chunk
-from kernels import attention
+from kernels import decode_attention
 
 Tensor = Any
 WARM_SIZES = (16, 512, 1024, 2048)  # tokens of a step where kernels change tiles
@@ -128,6 +128,7 @@ class CudaRunner:
         """Put one step on the device. Unknown last tokens must come from the step launched just before."""
         self._forget_absent(chunks)
         decodes = [i for i, c in enumerate(chunks) if c.num_tokens == 1 and c.is_sampled]
+        decodes.sort(key=lambda i: chunks[i].start, reverse=True)  # attention ends evenly when long contexts begin
         chosen = set(decodes)
         prefills = [i for i in range(len(chunks)) if i not in chosen]
         sampled = decodes + [i for i in prefills if chunks[i].is_sampled]
@@ -164,9 +165,9 @@ class CudaRunner:
 
     def _shape(self, num_tokens: int, num_decodes: int, num_prefills: int, num_sampled: int) -> StepShape:
         splits = 1
-        if 0 < num_decodes <= 64:  # what the workspace holds
-            splits = attention.num_splits_for(
-                num_decodes, self._num_kv_heads, self.config.max_context_tokens, self._processors
+        if 0 < num_sampled <= 64:  # what the workspace holds; no step decodes more rows than it samples
+            splits = decode_attention.num_splits_for(
+                num_sampled, self._num_kv_heads, self.config.max_context_tokens, self._processors
             )
         return StepShape(num_tokens, num_decodes, num_prefills, num_sampled, self.max_blocks, splits)
 
@@ -190,6 +191,7 @@ class CudaRunner:
             fields["tables"][:count] = self._tables[rows]
         begin = shape.num_decodes if prefills else count
         last_token = {i: k for k, i in enumerate(decodes)}
+        sequence = dict(last_token)
         for number, i in enumerate(prefills):
             chunk, row = chunks[i], row_by_chunk[i]
             end = begin + chunk.num_tokens
@@ -202,10 +204,12 @@ class CudaRunner:
             fields["prefill_starts"][number + 1] = end - shape.num_decodes
             fields["tables"][shape.num_decodes + number] = self._tables[row]
             last_token[i] = end - 1
+            sequence[i] = shape.num_decodes + number
             begin = end
         for number, i in enumerate(sampled):
             fields["sampled"][number] = last_token[i]
             fields["sampled_rows"][number] = row_by_chunk[i]
+            fields["sampled_sequences"][number] = sequence[i]
         return flat
 
     def _row(self, request: Request) -> int:
@@ -238,8 +242,8 @@ class CudaRunner:
         self._num_launches += 1
         stage, event = self._stages[index]
         event.synchronize()
-        if stage.numel() < flat.size:
-            stage = torch.empty(flat.size, dtype=torch.int32, pin_memory=True)
+        if stage.numel() < flat.size:  # twice as much, so that growing steps seldom pin memory anew
+            stage = torch.empty(2 * flat.size, dtype=torch.int32, pin_memory=True)
             self._stages[index] = (stage, event)
         stage[: flat.size].numpy()[:] = flat
         target.copy_(stage[: flat.size], non_blocking=True)

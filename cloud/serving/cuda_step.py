@@ -6,7 +6,8 @@ Rules, in order:
 2. A token the host does not know yet (drawn by a step still in flight) is -1; the device takes it from `latest`.
 3. Nothing here looks at a value on the device, so nothing waits.
 
-Decoding rows come first in a step; the chunks of prefill follow.
+Decoding rows come first in a step; the chunks of prefill follow. In the last layer only sampled rows ask: each is the
+last token of its context, so decode attention serves them all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from cloud.serving.kv_pool import KvPool
 from cloud.serving.models.decoder import Decoder, LayerWeights, rotary_tables
-from kernels import activation, attention, gemv, kv_cache, moe, norm, tokens
+from kernels import activation, decode_attention, gemv, kv_cache, moe, norm, prefill_attention, tokens
 
 Tensor = Any
 UNKNOWN_TOKEN = -1
@@ -54,6 +55,7 @@ class StepShape:
             "prefill_starts": self.num_prefills + 1,
             "sampled": self.num_sampled,  # token index of each sampled row
             "sampled_rows": self.num_sampled,  # where in `latest` its token goes
+            "sampled_sequences": self.num_sampled,  # whose context it has
             "tables": self.num_sequences * self.num_blocks,
         }
 
@@ -80,7 +82,7 @@ def padded_step(shape: StepShape, scratch_row: int) -> np.ndarray[Any, Any]:
     fields["slots"][:] = -1
     fields["token_rows"][:] = scratch_row
     fields["sampled_rows"][:] = scratch_row
-    fields["sampled"][:] = np.arange(shape.num_sampled)
+    fields["sampled"][:] = fields["sampled_sequences"][:] = np.arange(shape.num_sampled)
     return flat
 
 
@@ -96,7 +98,7 @@ class CudaStep:
         self.kv = kv
         self.cos_sin = torch.cat((cos[:, :half], sin[:, :half]), dim=-1).contiguous().to(device)
         self.latest = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        self.workspace = attention.SplitWorkspace.allocate(
+        self.workspace = decode_attention.SplitWorkspace.allocate(
             num_rows if max_splits <= 1 else min(num_rows, 64), config.num_heads, config.head_dim, max_splits, device
         )
 
@@ -112,9 +114,9 @@ class CudaStep:
         x = norm.rms_norm(residual, weights.layers[0].input_norm, eps, torch.empty_like(residual))
         for index, layer in enumerate(weights.layers):
             qkv = F.linear(x, layer.qkv, layer.qkv_bias)
-            x = F.linear(self._attend(qkv, index, fields, shape), layer.output, layer.output_bias)
             if index + 1 == config.num_layers and shape.num_prefills:
-                x, residual = x[fields["sampled"]], residual[fields["sampled"]]  # the rest of the step is for them
+                residual = residual[fields["sampled"]]
+            x = F.linear(self._attend(qkv, index, fields, shape), layer.output, layer.output_bias)
             x = norm.add_rms_norm(x, residual, layer.post_norm, eps, x)
             x = self._mlp(x, layer)
             following = weights.layers[index + 1].input_norm if index + 1 < config.num_layers else weights.norm
@@ -153,22 +155,29 @@ class CudaStep:
         return F.linear(hidden, layer.down)
 
     def _attend(self, qkv: Tensor, index: int, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
-        """Attention's output [T, heads * head_dim] of a layer; the step's keys and values are in its cache after."""
+        """Attention's output [T, heads * head_dim] of a layer; the step's keys and values are in its cache after.
+
+        In the last layer of a step with prefill the output has the sampled rows only.
+        """
         config, layer = self.decoder.config, self.decoder.weights.layers[index]
         k_cache, v_cache = self.kv.keys[index], self.kv.values[index]
         q = qkv.new_empty(shape.num_tokens, config.num_heads, config.head_dim)
         norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm, config.norm_eps)
         kv_cache.rotary_and_write(qkv, fields["positions"], fields["slots"], self.cos_sin, k_cache, v_cache, q, norms)
-        out = torch.empty_like(q)
-        first = shape.num_decodes
         tables, lens, scale = fields["tables"], fields["context_lens"], self.decoder.scale
+        first, starts = shape.num_decodes, fields["prefill_starts"]
+        is_cut = index + 1 == config.num_layers and shape.num_prefills > 0
+        if is_cut:
+            sequences = fields["sampled_sequences"]
+            q, tables, lens, first = q[fields["sampled"]], tables[sequences], lens[sequences], shape.num_sampled
+        out = torch.empty_like(q)
         if first:
-            attention.decode(
+            decode_attention.decode(
                 q[:first], k_cache, v_cache, tables[:first], lens[:first], scale, out[:first],
                 shape.num_splits, self.workspace,
             )  # fmt: skip
-        if shape.num_prefills:
-            attention.prefill(
-                q[first:], k_cache, v_cache, tables[first:], lens[first:], fields["prefill_starts"], scale, out[first:]
+        if shape.num_prefills and not is_cut:
+            prefill_attention.prefill(
+                q[first:], k_cache, v_cache, tables[first:], lens[first:], starts, scale, out[first:]
             )
-        return out.view(shape.num_tokens, -1)
+        return out.flatten(1)

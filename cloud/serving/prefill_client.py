@@ -8,6 +8,7 @@ beginning is kept, the rest is computed here, and the reason is reported.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class PrefillClient:
         """Fill `request.held_block_ids` with the prompt's leading blocks: those here, then those received."""
         engine = self._engine.engine
         size = engine.pool.block_size
-        names = request.extend_hashes(size)[: (request.num_tokens - 1) // size]
+        names = list(itertools.islice(request.hashes(size), (request.num_tokens - 1) // size))
         intake = _Intake(engine.pool, request, names)
         received = Received()
         try:

@@ -7,6 +7,7 @@ output begins, so penalties, seeds and length limits continue as if nothing had 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -155,9 +156,11 @@ class Request:
         """Strength in the queue and against preemption: smaller goes first."""
         return (self.priority, self.arrival)
 
-    def extend_hashes(self, block_size: int) -> list[bytes]:
-        """Hashes of all full blocks of the tokens so far, computed once each."""
-        for index in range(len(self.block_hashes), len(self.token_ids) // block_size):
-            parent = self.block_hashes[-1] if self.block_hashes else self.chain_root
-            self.block_hashes.append(hash_block(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
-        return self.block_hashes
+    def hashes(self, block_size: int) -> Iterator[bytes]:
+        """Hashes of the full blocks of the tokens so far, in order, each computed when it is first asked for."""
+        for index in range(len(self.token_ids) // block_size):
+            if index == len(self.block_hashes):
+                parent = self.block_hashes[-1] if self.block_hashes else self.chain_root
+                tokens = self.token_ids[index * block_size : (index + 1) * block_size]
+                self.block_hashes.append(hash_block(parent, tokens))
+            yield self.block_hashes[index]

@@ -15,6 +15,7 @@ Pure: no torch, no clock. `schedule` decides, `complete` records what a step pro
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -233,11 +234,12 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """Cached blocks to start from; the last token is always computed, because the next one is drawn from it."""
-        names = request.extend_hashes(self.pool.block_size)
-        usable = (request.num_tokens - 1) // self.pool.block_size
+        size = self.pool.block_size
+        usable = (request.num_tokens - 1) // size
         if request.is_prefill_only:
-            usable = max(0, len(names) - 1)
-        return self.pool.find_prefix(names[:usable])
+            usable = max(0, request.num_tokens // size - 1)
+        # the first miss ends the hashing too: the rest is hashed when it is sealed, while the device works
+        return self.pool.find_prefix(itertools.islice(request.hashes(size), usable))
 
     def _can_start(self, request: Request, hits: list[int]) -> bool:
         """Whether all known tokens and one more block fit, so that admission does not lead straight to preemption."""
@@ -289,11 +291,13 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=_rank)
 
     def _seal_full_blocks(self, request: Request) -> None:
-        names = request.extend_hashes(self.pool.block_size)
         full = request.num_computed_tokens // self.pool.block_size
-        for index in range(request.num_sealed_blocks, full):
-            self.pool.seal(request.block_ids[index], names[index])
-        request.num_sealed_blocks = max(request.num_sealed_blocks, full)
+        if full <= request.num_sealed_blocks:
+            return
+        names = itertools.islice(request.hashes(self.pool.block_size), request.num_sealed_blocks, full)
+        for index, name in enumerate(names, request.num_sealed_blocks):
+            self.pool.seal(request.block_ids[index], name)
+        request.num_sealed_blocks = full
 
     def _finish_reason(self, request: Request, token: int | None) -> FinishReason | None:
         if request.is_prefill_only:

@@ -72,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not waiting:
             return
         request = data.draw(st.sampled_from(waiting))
-        names = request.extend_hashes(BLOCK)
+        names = list(request.hashes(BLOCK))
         blocks = self.pool.allocate(min(len(names), 2))
         if blocks:
             for block, name in zip(blocks, names, strict=False):

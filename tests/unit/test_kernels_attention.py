@@ -7,7 +7,7 @@ import torch
 
 from tests.fakes.kernel_device import DEVICE, ON_GPU, poisoned, relative_error
 
-from kernels import attention, reference  # isort: skip  (the interpreter switch comes first)
+from kernels import decode_attention, paged, prefill_attention, reference  # isort: skip  (the interpreter switch comes first)
 
 # float32 products are exact to rounding; half types round the probabilities and the inputs once.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -40,9 +40,11 @@ def truth(case):
 def run_decode(case, num_splits):
     arguments = {name: value for name, value in case.items() if name != "query_starts"}
     rows, heads, head_dim = case["q"].shape
-    workspace = attention.SplitWorkspace(poisoned(rows, heads, num_splits, head_dim), poisoned(rows, heads, num_splits))
+    workspace = decode_attention.SplitWorkspace(
+        poisoned(rows, heads, num_splits, head_dim), poisoned(rows, heads, num_splits)
+    )
     out = poisoned(rows, heads, head_dim, dtype=case["q"].dtype)
-    return attention.decode(**arguments, out=out, num_splits=num_splits, workspace=workspace)
+    return decode_attention.decode(**arguments, out=out, num_splits=num_splits, workspace=workspace)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
@@ -94,14 +96,14 @@ def test_prefill_of_chunks_over_a_cached_prefix_matches_the_reference(
     context_lens, query_lens, heads, kv_heads, head_dim, block_size
 ):
     case = make_case(context_lens, query_lens, heads, kv_heads, head_dim, block_size)
-    out = attention.prefill(**case, out=poisoned(*case["q"].shape))
+    out = prefill_attention.prefill(**case, out=poisoned(*case["q"].shape))
     assert relative_error(out, truth(case)) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("tile", [attention.Tile(16, 16, 4, 2), attention.Tile(64, 32, 4, 2)])
+@pytest.mark.parametrize("tile", [paged.Tile(16, 16, 4, 2), paged.Tile(64, 32, 4, 2)])
 def test_prefill_does_not_depend_on_its_tile(tile):
     case = make_case([50, 23], [21, 23], 4, 2, 32, 16)
-    out = attention.prefill(**case, out=poisoned(*case["q"].shape), tile=tile)
+    out = prefill_attention.prefill(**case, out=poisoned(*case["q"].shape), tile=tile)
     assert relative_error(out, truth(case)) < TOLERANCE[torch.float32]
 
 
@@ -109,7 +111,7 @@ def test_prefill_does_not_depend_on_its_tile(tile):
 def test_prefill_in_half_types_uses_the_large_tiles(dtype):
     length = 300 if ON_GPU else 90
     case = make_case([length, 40], [length - 20, 40], 4, 2, 128, 16, dtype)
-    out = attention.prefill(**case, out=poisoned(*case["q"].shape, dtype=dtype))
+    out = prefill_attention.prefill(**case, out=poisoned(*case["q"].shape, dtype=dtype))
     assert relative_error(out, truth(case)) < TOLERANCE[dtype]
 
 
@@ -117,19 +119,19 @@ def test_splits_without_a_workspace_are_refused_with_the_remedy():
     case = make_case([5], [1], 2, 2, 32, 16)
     case.pop("query_starts")
     with pytest.raises(ValueError, match="SplitWorkspace"):
-        attention.decode(**case, out=poisoned(1, 2, 32), num_splits=4)
+        decode_attention.decode(**case, out=poisoned(1, 2, 32), num_splits=4)
 
 
 @pytest.mark.parametrize("limit", [0, 2**31 - 1])
 def test_attention_is_the_same_with_offsets_of_32_and_64_bits(limit, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_INT32", limit)
+    monkeypatch.setattr(paged, "MAX_INT32", limit)
     case = make_case([50, 23], [21, 23], 4, 2, 32, 16)
-    assert attention.is_large(case["k_cache"], case["v_cache"]) == (limit == 0)
-    out = attention.prefill(**case, out=poisoned(*case["q"].shape))
+    assert paged.is_large(case["k_cache"], case["v_cache"]) == (limit == 0)
+    out = prefill_attention.prefill(**case, out=poisoned(*case["q"].shape))
     assert relative_error(out, truth(case)) < TOLERANCE[torch.float32]
 
 
 def test_a_pool_of_two_to_the_31_elements_or_more_is_large():
     pool = torch.empty(2**20 + 1, 16, 1, 128, device="meta")
-    assert attention.is_large(pool, pool)
-    assert not attention.is_large(pool[: 2**20], pool[: 2**20])
+    assert paged.is_large(pool, pool)
+    assert not paged.is_large(pool[: 2**20], pool[: 2**20])
