@@ -210,6 +210,8 @@ class EngineBuilds:
         now = datetime.now(UTC)
         with self._database.write() as session:
             own = key_of(hardware_of(_device(session, by).hardware or {}))
+            if catalogue.find_artefact(session, by.tenant, manifest) is None:
+                raise NotFoundError(f"manifest {manifest[:12]} is of no release", remedy="see: foreshore models")
             query = select(EngineBuildRow).filter_by(tenant=by.tenant, manifest=manifest, hardware_key=str(own))
             row = session.scalar(query)
             if row is None or row.state not in ("proving", "shared") or row.document is None:
