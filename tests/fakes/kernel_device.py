@@ -19,8 +19,8 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 def _prepare_language_once_per_launch() -> None:
     """Make the interpreter's preparation of `triton.language` happen once per launch and module.
 
-    It repeats it at every call of a device function, which is most of its time (measured: 7 of 7 ms of a small
-    program). What a launch prepared stays until its end, so a second time changes nothing.
+    It repeats it at every call of a device function, which took half the time of these tests. What a launch prepared
+    stays until its end, so a second time changes nothing.
     """
     from triton.runtime import interpreter
 
