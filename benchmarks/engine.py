@@ -3,7 +3,7 @@
 CPU: SmolLM2-135M (and Qwen2.5-0.5B when its folder is in the cache) in bfloat16, same threads; prefill of 512 tokens,
 greedy decoding alone and eight at once. Ratios above 1 mean that the engine is faster. Limit of decoding alone: memory
 bandwidth over the size of the weights, given as a share of the bandwidth measured by a large copy. OMP_NUM_THREADS sets
-the threads of all. vLLM runs where FORESHORE_VLLM_PYTHON names an interpreter that has it (`benchmarks/vllm_cpu.py`).
+the threads of all. vLLM runs where FORESHORE_VLLM_PYTHON names an interpreter that has it (`benchmarks/_vllm_peer.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import vllm_cpu
+from benchmarks import _vllm_peer
 from benchmarks.harness import Goal
 
 DEVICES = ("cpu", "cuda")
@@ -51,7 +51,7 @@ def _measure(name: str, folder: Path, num_new: int) -> dict[str, float]:
     ours, weight_bytes = _ours(folder, num_new)
     peers = {"transformers": _theirs(folder, num_new)}
     if python := os.environ.get(VLLM_PYTHON):
-        peers["vllm_cpu"] = vllm_cpu.measure(python, folder, num_new, torch.get_num_threads())
+        peers["vllm_cpu"] = _vllm_peer.measure(python, folder, num_new, torch.get_num_threads())
     figures = {}
     for kind in KINDS:
         figures[f"{name}_{kind}_tok_s"] = ours[kind]

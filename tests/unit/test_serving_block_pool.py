@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cloud.serving.block_pool import BlockPool, chain_root, hash_block, hash_blocks
+from cloud.serving.request import Request
 from wire.errors import InvalidInputError
 
 ROOT = chain_root("model", b"tenant")
@@ -89,3 +90,14 @@ def test_a_full_block_cannot_be_renamed() -> None:
     pool.seal(blocks[0], hash_block(ROOT, [1, 2, 3, 4]))
     with pytest.raises(InvalidInputError, match="already has a name"):
         pool.seal(blocks[0], hash_block(ROOT, [5, 6, 7, 8]))
+
+
+def test_a_prompt_is_hashed_only_as_far_as_it_is_cached() -> None:
+    pool = BlockPool(8, 4)
+    request = Request("r", list(range(20)), b"root")
+    first, second = list(Request("other", list(range(8)), b"root").hashes(4))
+    for block, name in zip(pool.allocate(2), (first, second), strict=True):
+        pool.seal(block, name)
+    assert len(pool.find_prefix(request.hashes(4))) == 2
+    assert len(request.block_hashes) == 3  # the two found and the first that is not here
+    assert len(list(request.hashes(4))) == 5

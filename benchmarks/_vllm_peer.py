@@ -36,7 +36,7 @@ def measure(python: str, folder: Path, num_new: int, num_threads: int) -> dict[s
     }
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [python, __file__, str(folder), str(num_new)],
+        [python, "-P", __file__, str(folder), str(num_new)],  # -P: this folder has modules named like packages
         capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"prefill"')]
