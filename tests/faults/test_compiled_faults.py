@@ -204,7 +204,7 @@ def test_no_broken_language_model_is_published(language: Language, tmp_path: Pat
 
 def test_good_classifiers_are_published(vision: Vision, tmp_path: Path) -> None:
     makes = chosen(vision_good(vision), 3)
-    assert len(refusals(makes, vision.judge, tmp_path)) <= (1 if EVERYTHING else 0)
+    assert len(refusals(makes, vision.judge, tmp_path)) <= 1
 
 
 def test_good_language_models_are_published(language: Language, tmp_path: Path) -> None:
