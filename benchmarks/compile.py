@@ -188,6 +188,8 @@ def _sharing(results: Sequence[TargetResult]) -> dict[str, float]:
     for result in results:
         if result.artefact is None:
             print(f"  {result.target.name}: {result.error}", flush=True)
+    if not made:
+        return {"num_targets": 0}
     return {
         "num_targets": len(made),
         "together_s": together,
@@ -216,6 +218,8 @@ def language(root: Path, name: str, source: Path, targets: str, quick: bool) -> 
         )
 
     figures = _sharing(compile_with(1.25, targets, name))
+    if not figures["num_targets"]:
+        return {f"{name}_num_targets": 0}
     reference = root / name / "cpu-reference"
     for key, limit in (("", 1.25), ("mixed_", MAX_PERPLEXITY_RATIO)):
         result = compile_with(limit, "cpu-x86", f"{name}-{limit}")[0]

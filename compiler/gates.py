@@ -40,12 +40,13 @@ def tensor_gates(figures: Mapping[str, float], recipe: TensorRecipe) -> list[Gat
         ("top1_agreement", ">=", recipe.min_top1_agreement),
         ("worst_slice_agreement", ">=", recipe.min_worst_slice_agreement),
         ("top1_drop", "<=", recipe.max_top1_drop),
+        ("broken_numbers", "<=", 0.0),
     )
     return results + [gate(name, figures[name], sense, limit) for name, sense, limit in limits if name in figures]
 
 
 def language_gates(figures: Mapping[str, float], recipe: LanguageRecipe) -> list[GateResult]:
-    """The gates of `metrics.language_figures`, all of them required."""
+    """The gates of `metrics.language_figures` and `prompt_set.prompt_figures`, all of them required."""
     limits: tuple[tuple[str, Sense, float], ...] = (
         ("perplexity_ratio", "<=", recipe.max_perplexity_ratio),
         ("kl_nats", "<=", recipe.max_kl),
@@ -54,7 +55,10 @@ def language_gates(figures: Mapping[str, float], recipe: LanguageRecipe) -> list
         ("exact_match", ">=", recipe.min_exact_match),
         ("tokenizer_match", ">=", 1.0),
     )
-    return [gate(name, figures.get(name, np.nan), sense, limit) for name, sense, limit in limits]
+    results = [gate(name, figures.get(name, np.nan), sense, limit) for name, sense, limit in limits]
+    if "broken_numbers" in figures:
+        results.append(gate("broken_numbers", figures["broken_numbers"], "<=", 0.0))
+    return results
 
 
 def budget_gates(figures: Mapping[str, float], budget: Budget) -> list[GateResult]:

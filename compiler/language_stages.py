@@ -83,7 +83,7 @@ def source_logits(shop: Workshop, source: Path, fingerprint: str, num_tokens: in
         np.save(to / "logits.npy", held.logits.astype(np.float32))
         held.answers.save(to / "answers.json")
 
-    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=3)
+    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=4)
     return shop.run(stage, "the source reads held text and answers prompts")
 
 
@@ -94,16 +94,17 @@ def measure(shop: Workshop, model: Built, reference: Built) -> dict[str, float]:
     def build(to: Path) -> None:
         import numpy as np
 
-        from compiler import language_model, metrics, prompt_set
+        from compiler import language_model, metrics, prompt_set, soundness
 
         tokens = np.load(reference.path("tokens.npy"))
         logits = np.load(reference.path("logits.npy"), mmap_mode="r")
         figures = metrics.language_figures(logits, language_model.artefact_logits(model.path(MODEL), tokens), tokens)
         wanted = prompt_set.Answers.load(reference.path("answers.json"))
         figures |= prompt_set.prompt_figures(wanted, prompt_set.ask_artefact(model.path(MODEL), wanted.prompts))
+        figures["broken_numbers"] = soundness.count_broken_numbers(model.path(MODEL) / "model.onnx")
         (to / "figures.json").write_text(json.dumps(figures))
 
-    stage = Stage("measure", decided, ("numpy", "onnxruntime", "onnxruntime-genai"), build, version=2)
+    stage = Stage("measure", decided, ("numpy", "onnx", "onnxruntime", "onnxruntime-genai"), build, version=3)
     built = shop.run(stage, "the artefact reads held text and answers prompts")
     return dict(built.read_json("figures.json"))
 

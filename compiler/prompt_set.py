@@ -3,7 +3,8 @@ into the same tokens.
 
 The source is asked through transformers, the artefact through ONNX Runtime GenAI, as devices run it: so the tokenizer,
 the rotary tables and the KV cache of the real runtime are part of what is compared. The artefact gets the source's own
-prompt tokens; a tokenizer of another model shows in `tokenizer_match`, not as a poor answer.
+prompt tokens; a tokenizer of another model shows in `tokenizer_match`, not as a poor answer. The long text has single
+spaces: ONNX Runtime GenAI cuts indentation before a digit in other places than transformers, for every artefact alike.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs.",
     "def f(x):\n    return x ** 2  # squared\n\n",
     "Größe, naïve café, Ελλάδα, 日本語, 🙂",
-    topics.topics["assert"] + topics.topics["floating"] + topics.topics["strings"],
+    " ".join((topics.topics["assert"] + topics.topics["floating"] + topics.topics["strings"]).split()),
     "don't WE'RE 1234567 3.14  \t tabs and  spaces   ",
 )
 

@@ -15,10 +15,8 @@ It works in three phases within a budget of evaluations (`budget`: 3 * sqrt(laye
 alone, because it is asked about predicted ones, too. Ranking by keeping one in and refining by giving back is how
 accuracy-aware quantisers search (for example NNCF's accuracy control); predicting sets saves most of the evaluations.
 
-In the pipeline: `keep_float` (tensor models, over `tensor_stages.quantise`) replaces the ladder `float_rungs`:
-`evaluate` builds the stage with those float layers and measures it, `holds` is `all(passed)` of its gates, and the
-result's `kept` are the nodes to exclude. `compiler.mixed_bits` gives language models the same form: 8-bit layers in a
-4-bit graph. `SearchResult.evaluations` and `front` go into the quality report.
+Who evaluates: `compiler.float_search` for layers of 8-bit tensor models that stay float. `SearchResult.evaluations` and
+`front` are the trade-offs that a quality report shows.
 """
 
 from __future__ import annotations

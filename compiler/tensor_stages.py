@@ -213,17 +213,19 @@ def measure(
     def build(to: Path) -> None:
         from compiler.metrics import tensor_figures
         from compiler.quantise import count_integer_kernels, count_quantised_layers
+        from compiler.soundness import count_broken_numbers
 
         found = tensor_model.run_batches(model.path(MODEL), load(given.path("inputs.npz")), arithmetic)
         wanted = load(expected.path("answers.npz"))
         name = next(iter(wanted))
         figures = tensor_figures(wanted[name], found[name])
+        figures["broken_numbers"] = count_broken_numbers(model.path(MODEL))
         if is_8_bit:
             count = count_quantised_layers if kernels == "gpu" else count_integer_kernels
             figures["integer_layers"], figures["float_layers"] = count(model.path(MODEL))
         (to / "figures.json").write_text(json.dumps(figures))
 
-    stage = Stage("measure", decided, ("numpy", "onnxruntime"), build, version=2)
+    stage = Stage("measure", decided, ("numpy", "onnx", "onnxruntime"), build, version=3)
     built = shop.run(stage, "comparing with the source model")
     return dict(built.read_json("figures.json"))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edge_agent.config import EngineSettings
-from edge_agent.runtimes.base import Array, TensorRuntime, TensorSpec
+from edge_agent.runtimes.base import Array, Memory, TensorRuntime, TensorSpec
 from wire.errors import ForeshoreError, InvalidInputError
 
 
@@ -60,6 +60,10 @@ class EngineRuntime:
             raise
         except Exception as error:  # noqa: BLE001 - an engine is foreign code: any failure of it is reported by `fell`
             return self._fall(error).infer(inputs, outputs)
+
+    def memory(self) -> Memory:
+        """What whoever answers holds."""
+        return (self._portable or self._engine).memory()
 
     def close(self) -> None:
         """Free both."""

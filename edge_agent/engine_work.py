@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, cast
 
 from tuf.api.exceptions import LengthOrHashMismatchError
 
-from edge_agent.build_conditions import Conditions, read_power_w, reason_not_to_build
+from edge_agent.build_conditions import Conditions, reason_not_to_build
+from edge_agent.climate import read_climate
 from edge_agent.config import EngineSettings
 from edge_agent.engine_runtime import EngineRuntime, open_engine
 from edge_agent.engine_shelf import EngineShelf
@@ -261,7 +262,7 @@ class EngineWork:
                 idle_s=self._device.engines.idle_s,
                 is_updating=any(update.state.is_working for update in self._updates().values()),
                 is_online=self._is_online(),
-                power_w=read_power_w() if self._settings.max_power_w is not None else None,
+                power_w=read_climate().power_w if self._settings.max_power_w is not None else None,
             ),
             self._settings,
         )

@@ -26,6 +26,7 @@ LABELS = {
     "greedy_agreement": "agreement of the likeliest token",
     "exact_match": "prompts answered alike",
     "tokenizer_match": "texts cut into the same tokens",
+    "broken_numbers": "number of infinite or undefined weights",
     "size_ratio": "size against the source's",
     "integer_layer_share": "share of integer layers",
     "latency_ms": "latency of one case (ms)",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from edge_agent.engine_runtime import EngineRefusedError
-from edge_agent.runtimes.base import NUMPY_BY_DATATYPE, Array, TensorSpec
+from edge_agent.runtimes.base import NUMPY_BY_DATATYPE, Array, Memory, TensorSpec
 from edge_agent.runtimes.cuda_driver import Buffer, CudaDriver
 from wire.errors import InvalidInputError
 
@@ -38,16 +38,16 @@ def open_engine(path: Path, runtime: str) -> TensorRtEngine:
         raise EngineRefusedError(
             f"{runtime} {trt.__version__} does not take the engine: {said}", remedy="build it here"
         )
-    return TensorRtEngine(trt, engine, runtime, CudaDriver())
+    return TensorRtEngine(trt, engine, runtime, CudaDriver(), path.stat().st_size)
 
 
 class TensorRtEngine:
     """A `TensorRuntime` of one deserialised engine."""
 
-    def __init__(self, trt: Any, engine: Any, runtime: str, cuda: CudaDriver) -> None:
+    def __init__(self, trt: Any, engine: Any, runtime: str, cuda: CudaDriver, weights_bytes: int) -> None:
         self.name = runtime
         self.providers = [f"{runtime} {trt.__version__}"]
-        self._engine, self._cuda = engine, cuda
+        self._engine, self._cuda, self._weights_bytes = engine, cuda, weights_bytes
         self._context: Any = engine.create_execution_context()
         if self._context is None:
             raise EngineRefusedError("the engine gives no execution context", remedy="free memory of the GPU")
@@ -80,6 +80,10 @@ class TensorRtEngine:
             for name, room in found.items():
                 self._buffers[name].read(room)
             return {name: found[name] for name in outputs or found}
+
+    def memory(self) -> Memory:
+        """The file's size stands for the weights; buffers as allocated, all on the device."""
+        return Memory(self._weights_bytes, sum(buffer.size_bytes for buffer in list(self._buffers.values())))
 
     def close(self) -> None:
         """Free the engine and its memory."""

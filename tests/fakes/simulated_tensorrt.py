@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from model_registry.manifest import sha256
 
 if TYPE_CHECKING:
-    from edge_agent.runtimes.base import Array
+    from edge_agent.runtimes.base import Array, Memory
 
 MAGIC = b"simulated TensorRT engine\n"
 VARIABLE = "SIMULATED_TENSORRT"
@@ -69,6 +69,10 @@ class SimulatedEngine:
         if _fault() == "break":
             raise RuntimeError("CUDA error 719: unspecified launch failure")
         return self._session.infer(inputs, outputs)
+
+    def memory(self) -> Memory:
+        """The graph's."""
+        return self._session.memory()
 
     def close(self) -> None:
         """Free the session."""

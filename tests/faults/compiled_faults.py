@@ -179,13 +179,15 @@ VISION: dict[str, Edit] = {
     "scale x2 of one layer's weights": change(lambda n: n.endswith("weight_scale"), lambda a: 2 * a, at=20),
     "scales of all weights x1.1": change(lambda n: n.endswith("weight_scale"), lambda a: 1.1 * a, count=0),
     "wrong zero point": change(lambda n: n.endswith("_zero_point") and "weight" not in n, lambda a: a + 96, at=12),
-    "zero points lost": change(lambda n: n == "image_zero_point", lambda a: np.zeros_like(a)),
+    "zero points of five values": change(
+        lambda n: n.endswith("_zero_point") and "weight" not in n, lambda a: a + 64, at=20, count=5
+    ),
     "stale range of one layer": change(lambda n: _is_scale(n) and "weight" not in n, lambda a: a / 8, at=9),
     "weights of one layer shifted": change(_is_weight, _roll, at=15),
     "weights of a layer in the wrong order": change(_is_weight, lambda a: a.reshape(-1, *a.shape[1:])[::-1], at=24),
     "weights of one layer zero": change(_is_weight, np.zeros_like, at=30),
     "bits flipped in one layer": change(_is_weight, lambda a: a ^ 64, at=10),
-    "bias sign": change(lambda n: n.endswith("bias_quantized"), lambda a: -a, at=5, count=3),
+    "bias sign": change(lambda n: n.endswith(("_bias", "_bias_quantized")), lambda a: -a, at=8, count=3),
     "NaN weights": change(_is_scale, lambda a: np.full_like(a, np.nan), at=40),
     "one infinite scale": change(lambda n: n.endswith("weight_scale"), lambda a: _largest(a, np.inf), at=25),
     "classifier's weights of another model": change(

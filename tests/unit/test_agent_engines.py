@@ -9,11 +9,11 @@ import pytest
 from compiler.targets import EngineTarget
 from compiler.tensorrt import Builder, build_engine, find_builder
 from edge_agent.accelerator import find_accelerator
-from edge_agent.build_conditions import Conditions, read_power_w, reason_not_to_build
+from edge_agent.build_conditions import Conditions, reason_not_to_build
 from edge_agent.config import EngineSettings
 from edge_agent.engine_runtime import EngineRefusedError, EngineRuntime, open_engine
 from edge_agent.engine_shelf import EngineShelf
-from edge_agent.runtimes.base import Array, TensorSpec
+from edge_agent.runtimes.base import Array, Memory, TensorSpec
 from edge_agent.runtimes.cuda_driver import CudaDriver, CudaError
 from model_registry.manifest import EngineBuild, sha256
 from tests.fakes.compiler_models import write_classifier
@@ -49,16 +49,6 @@ def test_a_device_builds_only_in_idle_time_and_within_its_power_budget(
 ) -> None:
     now = Conditions(**{**vars(READY), **changes})  # type: ignore[arg-type]
     assert reason_not_to_build(now, SETTINGS.model_copy(update=settings)) == reason
-
-
-def test_the_largest_sensor_tells_the_boards_power(tmp_path: Path) -> None:
-    assert read_power_w(tmp_path) is None
-    put(tmp_path, "sys/class/hwmon/hwmon0/power1_input", "4200000\n")
-    put(tmp_path, "sys/class/hwmon/hwmon1/power1_input", "no number")
-    assert read_power_w(tmp_path) == pytest.approx(4.2)
-    put(tmp_path, "sys/class/hwmon/hwmon2/in1_input", "5000\n")
-    put(tmp_path, "sys/class/hwmon/hwmon2/curr1_input", "1500\n")
-    assert read_power_w(tmp_path) == pytest.approx(7.5)
 
 
 def test_a_jetson_tells_its_jetpack_and_what_onnxruntime_brings(tmp_path: Path) -> None:
@@ -131,6 +121,9 @@ class Scaled:
         if self.error is not None:
             raise self.error
         return {"y": self.name}  # type: ignore[dict-item]
+
+    def memory(self) -> Memory:
+        return Memory(1, 0)
 
     def close(self) -> None:
         self.is_closed = True

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from compiler.cache import BuildCache, Stage
 from compiler.gates import budget_gates, gate, language_gates, require_all, tensor_gates
@@ -20,7 +22,9 @@ from compiler.metrics import (
 )
 from compiler.prompt_set import Answers, prompt_figures
 from compiler.recipe import LanguageRecipe, TensorRecipe, parse_recipe
+from compiler.soundness import count_broken_numbers
 from compiler.targets import TARGETS_FOLDER, Budget, load_target, load_targets, parse_target
+from tests.fakes.compiler_models import write_classifier
 from wire.errors import GateFailedError, InvalidInputError, NotFoundError
 
 
@@ -113,6 +117,18 @@ def test_a_budget_is_judged_where_there_is_one_and_a_figure_nobody_measured_fail
     results = budget_gates({"memory_bytes": 5e6}, Budget(latency_ms=10, memory_bytes=4_000_000))
     assert [(one.name, one.passed) for one in results] == [("latency_ms", False), ("memory_bytes", False)]
     assert all(one.passed for one in budget_gates({"latency_ms": 9.0}, Budget(latency_ms=10)))
+
+
+def test_an_infinite_weight_is_counted_and_an_infinite_mask_is_not(tmp_path: Path) -> None:
+    path = write_classifier(tmp_path / "m.onnx")
+    assert count_broken_numbers(path) == 0
+    model = onnx.load(str(path))
+    bias = next(one for one in model.graph.initializer if one.name == "bh")
+    bias.CopyFrom(numpy_helper.from_array(np.array([np.inf, np.nan] + [0.0] * 8, np.float32), "bh"))
+    model.graph.initializer.append(numpy_helper.from_array(np.full(3, -np.inf, np.float32), "mask"))
+    onnx.save(model, str(path))
+    assert count_broken_numbers(path) == 2
+    assert not gate("broken_numbers", 2, "<=", 0).passed
 
 
 @pytest.mark.parametrize("sense", ["<=", ">="])

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from compiler.gguf_import import import_gguf, unpermute
 from tests.fakes.compiler_models import permute, write_llama_gguf
+from tests.fakes.gguf_reference import GgufLlama
 from wire.errors import ConflictError, UnsupportedModelError
 
 
@@ -52,3 +55,18 @@ def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(ConflictError):
         import_gguf(tmp_path / "m.gguf", tmp_path / "model")
+
+
+def test_the_imported_model_generates_what_the_file_defines(tmp_path: Path) -> None:
+    write_llama_gguf(tmp_path / "m.gguf")
+    reference = GgufLlama(tmp_path / "m.gguf")
+    folder = import_gguf(tmp_path / "m.gguf", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("hello hell 42").ids
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt])).logits[0].numpy()
+        answer = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    np.testing.assert_allclose(logits, reference.logits(prompt), rtol=1e-3, atol=2e-2)
+    found = answer[0, len(prompt) :].tolist()  # ends at the end token, which the reference knows nothing of
+    assert len(found) >= 4
+    assert found == reference.generate(prompt, len(found))
