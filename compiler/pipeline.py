@@ -16,7 +16,6 @@ from pathlib import Path
 from compiler.cache import BuildCache
 from compiler.compile_job import BuiltModel, CompileJob, Tried, size_bytes
 from compiler.engine_stage import ENGINE_FILE, add_engine
-from compiler.graph_facts import read_graph
 from compiler.language_build import build_language_model
 from compiler.modelopt import find_modelopt
 from compiler.package import Part, package
@@ -102,7 +101,6 @@ def _finish(job: CompileJob, recipe: Recipe, model: BuiltModel, out: Path, shop:
             cpu_features=job.target.cpu_features,
         ),
         context_tokens=model.context_tokens,
-        graph=read_graph(out, model.entry),
         engine=engine.description if engine is not None else None,
         golden=model.golden,
         vision=model.vision,
