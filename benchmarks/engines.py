@@ -77,7 +77,7 @@ def _engines(folder: Path, num_runs: int) -> dict[str, float]:
         "engine_capabilities": float(len(times_s)),
         "engine_build_s": statistics.median(times_s),
         "fallback_s": max(falls_s),
-        "refused_engine_s": _refused_s(builder.module, folder / "8.9.engine", portable, feeds),
+        "refused_engine_s": _refused_s(builder.load(), folder / "8.9.engine", portable, feeds),
     }
 
 

@@ -91,8 +91,17 @@ def export_generic(source: Path, out: Path) -> None:
 
 def build_shared(source: Path, out: Path) -> None:
     """The decoder in `source` by ONNX Runtime GenAI's builder, float32, with hidden states."""
-    command = [sys.executable, "-m", "compiler.genai_builder", "-i", str(source), "-o", str(out), "-p", "fp32"]
-    command += ["-e", "cpu", "-c", str(out.parent / "cache"), "--extra_options", "include_hidden_states=true"]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out)]
+    command += [
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+        "-c",
+        str(out.parent / "cache"),
+        "--extra_options",
+        "include_hidden_states=true",
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
 

@@ -244,5 +244,6 @@ def test_an_rtx_engine_loads_nowhere_but_where_it_is_said_to(builder: Builder, t
     verdict = resolve(ArtefactFacts("tensorrt-rtx", engine=engine), here)
     assert verdict.rule == "engine_capability", "this machine has no GPU"
     assert resolve(ArtefactFacts("tensorrt-rtx", engine=engine), _rtx("8.9", builder)).will_run
-    runtime = builder.module.Runtime(builder.module.Logger(builder.module.Logger.INTERNAL_ERROR))
+    trt = builder.load()
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
     assert runtime.deserialize_cuda_engine((tmp_path / "engine").read_bytes()) is None
