@@ -105,7 +105,7 @@ def operator_set(facts: ArtefactFacts, device: Hardware) -> Finding:
     if (facts.ir_version or 0) > newest_ir:
         return Obstacle(f"is ONNX IR version {facts.ir_version}, onnxruntime {version} reads up to {newest_ir}")
     for domain, opset in sorted(facts.opsets.items()):
-        known = newest_opset if domain in ("", "ai.onnx") else tables.OTHER_DOMAINS.get(domain)
+        known = newest_opset if domain in ("", "ai.onnx") else _newest_of(domain, version)
         if known is not None and opset > known:
             return Obstacle(
                 f"uses operator set {opset} of {domain or 'ai.onnx'}, onnxruntime {version} reads up to {known}"
@@ -359,6 +359,14 @@ def _newest_read(version: str) -> tuple[int, int]:
     """Operator set and IR version of the newest known release that is not newer than `version`."""
     known = [row for since, row in tables.ONNXRUNTIME_READS.items() if since <= numbers(version)[:2]]
     return known[-1] if known else (0, 0)
+
+
+def _newest_of(domain: str, version: str) -> int | None:
+    """The newest operator set of another domain that `version` reads; None for domains that it does not bring along."""
+    rows = tables.OTHER_DOMAINS.get(domain)
+    if rows is None:
+        return None
+    return max((newest for since, newest in rows.items() if since <= numbers(version)[:2]), default=0)
 
 
 def _providers(device: Hardware) -> tuple[str, ...]:

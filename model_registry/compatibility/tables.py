@@ -35,8 +35,12 @@ ONNXRUNTIME_READS: Mapping[tuple[int, int], tuple[int, int]] = {
 1.20, 1.22 and 1.23 are what they accept at most; 1.32 accepts sets up to 28 and IR 14, of which the last are drafts.
 """
 
-OTHER_DOMAINS: Mapping[str, int] = {"ai.onnx.ml": 4, "com.microsoft": 1, "com.microsoft.nchwc": 1}
-"""Operator domains besides ai.onnx that ONNX Runtime brings along, and the newest version."""
+OTHER_DOMAINS: Mapping[str, Mapping[tuple[int, int], int]] = {
+    "ai.onnx.ml": {(1, 14): 4, (1, 32): 5},
+    "com.microsoft": {(1, 14): 1},
+    "com.microsoft.nchwc": {(1, 14): 1},
+}
+"""Operator domains besides ai.onnx that ONNX Runtime brings along: its version -> the newest that it reads."""
 
 _CPU_SINCE_1_20 = (
     *("Attention", "AttnLSTM", "BeamSearch", "BiasGelu", "BifurcationDetector", "CDist", "CropAndResize"),

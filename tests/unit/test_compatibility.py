@@ -168,7 +168,7 @@ def test_an_h100_is_told_that_the_rtx_runtime_refuses_it() -> None:
         ({"hardware_key": "tensorrt-10.3.0.sm87.aarch64.jetpack-6.2"}, {}, "hardware_key"),
         ({"hardware_key": "of-the-profile"}, {"hardware_key": "of-the-profile"}, "every_rule"),
         ({"runtime": "safetensors"}, {}, "runtime"),
-        ({"opsets": {"ai.onnx": 20, "ai.onnx.ml": 5}}, {}, "operator_set"),
+        ({"opsets": {"ai.onnx": 20, "ai.onnx.ml": 6}}, {}, "operator_set"),
         ({"opsets": {"ai.onnx": 20, "com.acme": 7}}, {}, "every_rule"),
         ({"operators": ("com.microsoft.QMoE",)}, {"runtimes": {"onnxruntime": "1.22.1"}}, "contrib_operator"),
         ({"formats": frozenset({"fp4"})}, {}, "number_format"),

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     **{f"opset-{n}": (lambda n=n: _relu(opset=n, ir=13), "operator_set") for n in (29, 40)},
     **{f"ir-{n}": (lambda n=n: _relu(opset=17, ir=n), "every_rule") for n in (4, 7, 9, 10, 11, 12, 13)},
     **{f"ir-{n}": (lambda n=n: _relu(opset=17, ir=n), "operator_set") for n in (15, 20)},
+    "ml-5": (lambda: _model([helper.make_node("Relu", ["x"], ["y"])], domains={"ai.onnx.ml": 5}), "every_rule"),
     "ml-6": (lambda: _model([helper.make_node("Relu", ["x"], ["y"])], domains={"ai.onnx.ml": 6}), "operator_set"),
     "microsoft-2": (lambda: _model([helper.make_node("Relu", ["x"], ["y"])], domains={MICROSOFT: 2}), "operator_set"),
     **{name: (lambda name=name: _unary(name, MICROSOFT), "every_rule") for name in ("Gelu", "QuickGelu", "FastGelu")},
