@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
+import anyio.from_thread
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -146,3 +147,16 @@ def install_errors(app: FastAPI) -> None:
     app.add_exception_handler(ForeshoreError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+
+
+def arriving(request: Request) -> Iterator[bytes]:
+    """The body as it comes in, for a worker thread: streamed, never held."""
+    pieces = request.stream()
+
+    async def following() -> bytes | None:
+        async for piece in pieces:
+            return piece
+        return None
+
+    while (piece := anyio.from_thread.run(following)) is not None:
+        yield piece

@@ -7,15 +7,13 @@ has the bytes) and what its publications and releases name. Of anything else it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any
 
-import anyio.from_thread
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api.base import Cursor, Limit, Plane, Viewer, needs, page
+from cloud.control.api.base import Cursor, Limit, Plane, Viewer, arriving, needs, page
 from cloud.control.identity import Principal, Role
 from cloud.control.plane import ControlPlane
 from model_registry import catalogue
@@ -38,19 +36,10 @@ Uploader = Annotated[Principal, Depends(needs(Role.PUBLISHER, Role.WORKER))]
 @router.put("/blobs/{digest}", status_code=201)
 async def put_blob(digest: Digest, request: Request, plane: Plane, by: Uploader) -> dict[str, Any]:
     """Store bytes that hash to `digest`; the body is streamed, never held."""
-    pieces = request.stream()
-
-    async def following() -> bytes | None:
-        async for piece in pieces:
-            return piece
-        return None
-
-    def arriving() -> Iterator[bytes]:
-        while (piece := anyio.from_thread.run(following)) is not None:
-            yield piece
+    pieces = arriving(request)
 
     def store() -> int:
-        size = plane.blobs.put_stream(digest, arriving(), max_bytes=MAX_UPLOAD_BYTES)
+        size = plane.blobs.put_stream(digest, pieces, max_bytes=MAX_UPLOAD_BYTES)
         if by.role is not Role.WORKER:  # what a worker uploads is named by the job that it completes
             with plane.database.write() as session:
                 catalogue.add_references(session, by.tenant, UPLOADED, [digest])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from typing import Annotated, Any
 
-import anyio.from_thread
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
-from cloud.control.api.base import Body, Cursor, Device, Limit, Plane, Publisher, Viewer, decoded, needs, page
+from cloud.control.api.base import Body, Cursor, Device, Limit, Plane, Publisher, Viewer, arriving, decoded, needs, page
 from cloud.control.identity import Principal, Role
 from model_registry.manifest import MAX_ENGINE_BYTES
 from wire.messages import Digest
@@ -98,20 +96,11 @@ async def put_engine(
     lease_id: Annotated[str, Query(min_length=1, max_length=40)],
 ) -> dict[str, Any]:
     """Upload the engine, streamed; bytes that do not hash to `digest` are refused."""
-    pieces = request.stream()
-
-    async def following() -> bytes | None:
-        async for piece in pieces:
-            return piece
-        return None
-
-    def arriving() -> Iterator[bytes]:
-        while (piece := anyio.from_thread.run(following)) is not None:
-            yield piece
+    pieces = arriving(request)
 
     def store() -> int:
         plane.engine_builds.check_lease(by, build_id, lease_id)
-        return plane.blobs.put_stream(digest, arriving(), max_bytes=MAX_ENGINE_BYTES)
+        return plane.blobs.put_stream(digest, pieces, max_bytes=MAX_ENGINE_BYTES)
 
     return {"digest": digest, "size_bytes": await run_in_threadpool(store)}
 
