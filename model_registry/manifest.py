@@ -226,7 +226,22 @@ class ReleaseArtefact(_Document):
     deltas: list[DeltaEncoding] = Field(default_factory=list, max_length=8)
 
 
-class Release(_Document):
+class _Listed(_Document):
+    """A document that stands in a publisher's list by its digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes: what the digest, which is what publishers sign, is taken of."""
+        return canonical_bytes(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hex."""
+        return sha256(self.to_bytes())
+
+
+class Release(_Listed):
     """One version of a model for all its targets: the document whose digest the publisher signs."""
 
     schema_: Literal["foreshore.release/1"] = Field(default="foreshore.release/1", alias="schema")
@@ -240,16 +255,6 @@ class Release(_Document):
     source_digest: Digest
     created_at: Annotated[str, Field(max_length=40)]
     artefacts: list[ReleaseArtefact] = Field(min_length=1, max_length=64)
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
-
-    def to_bytes(self) -> bytes:
-        """The canonical bytes: what the release's digest, which is what publishers sign, is taken of."""
-        return canonical_bytes(self.model_dump(mode="json", by_alias=True, exclude_none=True))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical bytes, in hex."""
-        return sha256(self.to_bytes())
 
     @property
     def listing(self) -> dict[str, Any]:
@@ -257,7 +262,7 @@ class Release(_Document):
         return {"version": self.version, "sequence": self.sequence}
 
 
-class EngineBuild(_Document):
+class EngineBuild(_Listed):
     """An engine that was built from an artefact for one hardware key: the document whose digest the publisher signs.
 
     It stands in a publisher's list like a release, under the same model, and names the engine's bytes by digest.
@@ -274,16 +279,6 @@ class EngineBuild(_Document):
     size_bytes: Annotated[int, Field(ge=1, le=MAX_ENGINE_BYTES)]
     built_by: Annotated[str, Field(max_length=200)]
     built_at: Annotated[str, Field(max_length=40)]
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
-
-    def to_bytes(self) -> bytes:
-        """The canonical bytes: what the digest, which is what publishers sign, is taken of."""
-        return canonical_bytes(self.model_dump(mode="json", by_alias=True, exclude_none=True))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical bytes, in hex."""
-        return sha256(self.to_bytes())
 
     @property
     def listing(self) -> dict[str, Any]:
