@@ -27,7 +27,8 @@ DEFAULT_MAX_BYTES = 8 << 30
 RECORD = "stage.json"
 FORMAT_VERSION = 2  # raise when stages of all kinds change what they write for the same inputs and tools
 
-Reproducibility = Literal["byte-identical", "output-equivalent"]
+Reproducibility = Literal["byte-identical", "output-equivalent", "timing"]
+"""What a rebuild gives: the same bytes; other bytes that compute the same; other figures, for it measured time."""
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class _ProgressLines:
 def _summary(result: TargetResult) -> str:
     if result.artefact is None:
         return f"{result.target.name:16} failed: {result.error}"
+    from model_registry.quality_report import choice_sentences
+
     manifest = result.artefact.manifest
     num_cached = sum(stage.was_cached for stage in result.artefact.stages)
     figures = ", ".join(f"{gate.name} {gate.value:g}" for gate in manifest.gates)
@@ -120,7 +122,8 @@ def _summary(result: TargetResult) -> str:
         f"{result.target.name:16} {manifest.size_bytes / 1e6:7.1f} MB  {manifest.precision}{engine}  {figures}"
         f"  ({result.seconds:.1f} s, {num_cached} of {len(result.artefact.stages)} stages were there)"
     )
-    return "\n".join([line, *(f"{'':16} {note}" for note in result.artefact.notes)])
+    choice = choice_sentences(manifest.runtime_choice) if manifest.runtime_choice else ()
+    return "\n".join([line, *(f"{'':16} {told}" for told in (*choice, *result.artefact.notes))])
 
 
 @app.command("worker", epilog="Example: foreshore --url http://127.0.0.1:8080 worker --token-file worker.token")

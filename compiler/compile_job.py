@@ -13,7 +13,7 @@ from compiler.package import Part
 from compiler.recipe import Recipe
 from compiler.targets import Target
 from compiler.workshop import Workshop
-from model_registry.manifest import GateResult, Golden, Kind, Vision
+from model_registry.manifest import GateResult, Golden, Kind, RuntimeChoice, Vision
 
 RUNTIME_OVERHEAD_BYTES = 96 << 20
 
@@ -67,6 +67,7 @@ class BuiltModel:
     memory_bytes: int
     notes: tuple[str, ...]
     tried: tuple[Tried, ...]
+    runtime_choice: RuntimeChoice | None = None  # of tensor models it waits for the engine
 
 
 def fingerprint(job: CompileJob, path: Path, shop: Workshop, digest: str) -> str:

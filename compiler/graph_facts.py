@@ -45,7 +45,7 @@ def read_graph(folder: Path, entry: str) -> Graph:
 
 def graph_facts(model: onnx.ModelProto) -> Graph:
     """The facts of a graph in memory."""
-    nodes = [node for graph in _graphs(model.graph) for node in graph.node]
+    nodes = [node for graph in graphs_of(model.graph) for node in graph.node]
     nodes += [node for function in model.functions for node in function.node]
     own = {(function.domain, function.name) for function in model.functions}
     operators = {use for node in nodes if (node.domain, node.op_type) not in own for use in _operator(node)}
@@ -57,13 +57,13 @@ def graph_facts(model: onnx.ModelProto) -> Graph:
     )
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The graph and those inside its branches and loops."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                yield from _graphs(inner)
+                yield from graphs_of(inner)
 
 
 def _operator(node: onnx.NodeProto) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _operator(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _formats(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> set[NumberFormat]:
-    graphs = list(_graphs(model.graph))
+    graphs = list(graphs_of(model.graph))
     type_by_name = {tensor.name: tensor.data_type for graph in graphs for tensor in graph.initializer}
     kinds = set(type_by_name.values())
     for graph in graphs:

@@ -14,6 +14,7 @@ from compiler.options import builder_options, language_notes
 from compiler.package import Part
 from compiler.progress import Report
 from compiler.recipe import LanguageRecipe, Recipe
+from compiler.runtime_choice import can_measure, choose_for_language
 from compiler.workshop import Workshop
 from model_registry.manifest import GateResult, Golden
 from wire.errors import InvalidInputError
@@ -51,6 +52,8 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
     gates += budget_gates({"memory_bytes": memory}, job.target.budget.model_copy(update={"latency_ms": None}))
     require_all(gates)
     golden = language_stages.golden(shop, built)
+    speeds = language_stages.speeds(shop, built) if can_measure(recipe, job.target) else None
+    choice = choose_for_language(recipe, job.target, speeds)
     parts = [
         Part(path.removeprefix("model/"), built.path(path), digest)
         for path, digest in built.files.items()
@@ -77,6 +80,7 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
         memory_bytes=memory,
         notes=notes,
         tried=tuple(tried),
+        runtime_choice=choice,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compiler.cache import Built, Stage
+from compiler.processor import tensor_kernels
 from compiler.progress import Report
 from compiler.workshop import Workshop
 from wire.errors import GateFailedError
@@ -107,6 +108,19 @@ def measure(shop: Workshop, model: Built, reference: Built) -> dict[str, float]:
     stage = Stage("measure", decided, ("numpy", "onnx", "onnxruntime", "onnxruntime-genai"), build, version=3)
     built = shop.run(stage, "the artefact reads held text and answers prompts")
     return dict(built.read_json("figures.json"))
+
+
+def speeds(shop: Workshop, model: Built) -> dict[str, dict[str, float] | str]:
+    """What each of the agent's runtimes makes of the artefact on this processor (`runtime_choice.measure_speeds`)."""
+    decided = {"model": model.digest, "machine": platform.machine(), "kernels": tensor_kernels()}
+
+    def build(to: Path) -> None:
+        from compiler.runtime_choice import measure_speeds
+
+        (to / "speeds.json").write_text(json.dumps(measure_speeds(model.path(MODEL))))
+
+    stage = Stage("speeds", decided, ("onnxruntime", "onnxruntime-genai"), build, reproducibility="timing")
+    return dict(shop.run(stage, "the agent's runtimes decode in turn").read_json("speeds.json"))
 
 
 def golden(shop: Workshop, model: Built) -> Built:

@@ -47,6 +47,8 @@ class TargetResult:
             "size_bytes": manifest.size_bytes,
             "runtime": manifest.runtime,
             "precision": manifest.precision,
+            "runtime_choice": manifest.runtime_choice.model_dump() if manifest.runtime_choice else None,
+            "reproducibility": manifest.reproducibility,
             "engine": manifest.engine.model_dump() if manifest.engine else None,
             "gates": [result.model_dump() for result in manifest.gates],
             "notes": list(self.artefact.notes),

@@ -15,20 +15,21 @@ from pathlib import Path
 
 from compiler.cache import BuildCache
 from compiler.compile_job import BuiltModel, CompileJob, Tried, size_bytes
-from compiler.engine_stage import ENGINE_FILE, add_engine
+from compiler.engine_stage import ENGINE_FILE, EngineResult, add_engine
 from compiler.language_build import build_language_model
 from compiler.modelopt import find_modelopt
 from compiler.package import Part, package
 from compiler.progress import Progress, Report, StageTimes
 from compiler.recipe import Recipe
+from compiler.runtime_choice import choose_for_tensors
 from compiler.tensor_build import build_tensor_model
-from compiler.workshop import StageReport, Workshop
+from compiler.workshop import StageReport, Workshop, reproducibility_of
 from model_registry.manifest import Manifest, Requirements
 from wire.errors import InvalidInputError
 
 TIMES_FILE = "times.json"
 _TENSOR_PLAN = ("fingerprint", "clean", "inputs", "answers")
-_LANGUAGE_PLAN = ("fingerprint", "genai", "source-logits", "measure", "golden", "package")
+_LANGUAGE_PLAN = ("fingerprint", "genai", "source-logits", "measure", "golden", "speeds", "package")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def _finish(job: CompileJob, recipe: Recipe, model: BuiltModel, out: Path, shop:
     parts, notes = list(model.parts), list(model.notes)
     engine = None
     if job.target.engine is not None:
-        engine = add_engine(shop, job.kind, job.target.engine, model.graph)
+        if job.kind == "tensor" and recipe.tensor.runtime == "onnxruntime":
+            engine = EngineResult(reason="the recipe names onnxruntime")
+        else:
+            engine = add_engine(shop, job.kind, job.target.engine, model.graph)
         if engine.built is not None:
             parts.append(Part(ENGINE_FILE, engine.built.path(ENGINE_FILE), engine.built.digest))
         else:
@@ -93,6 +97,7 @@ def _finish(job: CompileJob, recipe: Recipe, model: BuiltModel, out: Path, shop:
         kind=job.kind,
         target=job.target.name,
         runtime=model.runtime,
+        runtime_choice=model.runtime_choice or choose_for_tensors(job, engine),
         precision=model.precision,
         entry=model.entry,
         requires=Requirements(
@@ -107,6 +112,7 @@ def _finish(job: CompileJob, recipe: Recipe, model: BuiltModel, out: Path, shop:
         gates=model.gates,
         recipe_digest=recipe.digest,
         source_digest=job.source_digest,
+        reproducibility=reproducibility_of(shop.reports),
     )
     shop.progress.finish(f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.chunk_list())} chunks")
     return Artefact(out, manifest, tuple(shop.reports), tuple(notes), model.tried)

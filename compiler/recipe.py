@@ -17,6 +17,10 @@ from wire.errors import InvalidInputError
 
 Projection = Literal["attention", "down", "gate-up"]
 Share = Annotated[float, Field(ge=0, le=1)]
+TensorRuntime = Literal["auto", "onnxruntime", "tensorrt-rtx", "tensorrt"]
+LanguageRuntime = Literal["auto", "onnxruntime", "onnxruntime-genai"]
+"""What runs the artefact on a device; "auto" is decided by `compiler.runtime_choice`."""
+
 BuilderOption = Literal["accuracy_level", "block_size", "fuse_qkv", "is_symmetric", "shared_embeddings"]
 """Options of the model builder that shape the graph. It accepts any word, also ones that load foreign code; so only
 these are passed on, and what each changed is measured (`compiler.options`)."""
@@ -36,6 +40,7 @@ class TensorRecipe(_Strict):
 
     precision: TensorPrecision | None = None
     quantiser: Literal["onnxruntime", "modelopt"] | None = None
+    runtime: TensorRuntime = "auto"
     calibration_crops: Annotated[int, Field(ge=8, le=1024)] = 96
     gate_crops: Annotated[int, Field(ge=8, le=1024)] = 96
     float_rungs: Annotated[list[Annotated[int, Field(ge=0, le=1000)]], Field(min_length=1, max_length=8)] = [
@@ -62,6 +67,7 @@ class LanguageRecipe(_Strict):
     """
 
     precision: LanguagePrecision | None = None
+    runtime: LanguageRuntime = "auto"
     algorithm: Literal["default", "rtn", "rtn_last", "k_quant", "k_quant_last", "k_quant_mixed"] = "k_quant_mixed"
     builder_options: Annotated[dict[BuilderOption, bool | int], Field(max_length=8)] = {}
     eight_bit_rungs: Annotated[list[Annotated[list[Projection], Field(max_length=3)]], Field(max_length=8)] = [
@@ -96,6 +102,7 @@ class Recipe(_Strict):
         language = {"precision": self.language.precision or target.language.precision}
         if tensor["precision"] == "fp8":
             _require_fp8(target)
+        _require_runtimes(self, target)
         return self.model_copy(
             update={
                 "tensor": self.tensor.model_copy(update=tensor),
@@ -116,6 +123,20 @@ def _require_fp8(target: Target) -> None:
         raise InvalidInputError(
             f"fp8 needs compute capability {FIRST_FP8_CAPABILITY}; target {target.name!r} has {what}",
             remedy="choose int8, fp16 or another target",
+        )
+
+
+def _require_runtimes(recipe: Recipe, target: Target) -> None:
+    engine = target.engine.builder if target.engine else None
+    if recipe.tensor.runtime not in ("auto", "onnxruntime", engine):
+        raise InvalidInputError(
+            f"target {target.name!r} has no {recipe.tensor.runtime} engine",
+            remedy=f"choose auto, onnxruntime{f' or {engine}' if engine else ''}, or another target",
+        )
+    if recipe.language.runtime == "onnxruntime" and target.language.provider != "cpu":
+        raise InvalidInputError(
+            f"graphs for {target.language.provider} are run by onnxruntime-genai alone, not by onnxruntime",
+            remedy="choose auto or onnxruntime-genai, or another target",
         )
 
 

@@ -41,6 +41,4 @@ def _quality(result: TargetResult) -> ArtefactQuality:
         measured = result.error.details.get("gates", ()) if result.error else ()
         gates = tuple(GateResult.model_validate(gate) for gate in measured)
         return ArtefactQuality(result.target.name, "", "", 0, "", gates, error=str(result.error))
-    classes = {stage.reproducibility for stage in result.artefact.stages}
-    weakest = "byte-identical" if classes <= {"byte-identical"} else "output-equivalent"
-    return artefact_of(result.artefact.manifest, reproducibility=weakest, notes=result.artefact.notes)
+    return artefact_of(result.artefact.manifest, notes=result.artefact.notes)

@@ -122,6 +122,8 @@ def clean(source: Path, out: Path) -> None:
     import onnxslim
     from google.protobuf.message import DecodeError
 
+    from compiler.opsets import drop_unused_opsets
+
     try:
         model = onnx.load(str(source))
         onnx.checker.check_model(model)
@@ -130,4 +132,5 @@ def clean(source: Path, out: Path) -> None:
         raise UnsupportedModelError(
             f"{source.name} is not a sound ONNX graph: {error}", remedy="export it again"
         ) from error
+    drop_unused_opsets(slim)
     onnx.save(slim, str(out))

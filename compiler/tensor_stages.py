@@ -69,7 +69,9 @@ def clean(shop: Workshop, path: Path, fingerprint: str) -> Built:
         (to / "signature.json").write_text(json.dumps(signature.to_dict()))
 
     tools = ("onnx", "onnxruntime", "onnxslim")
-    return shop.run(Stage("clean", {"model": fingerprint}, tools, build), "checking and simplifying the graph")
+    return shop.run(
+        Stage("clean", {"model": fingerprint}, tools, build, version=2), "checking and simplifying the graph"
+    )
 
 
 def inputs(shop: Workshop, source: TensorSource, split: str, count: int) -> Built:
@@ -157,11 +159,15 @@ def quantise(shop: Workshop, calibrated: Built, scheme: TensorScheme, floats: in
 
     def build(to: Path) -> None:
         from compiler import quantise as tool
+        from compiler.opsets import strip_file
 
         tool.quantise(calibrated.folder, to / MODEL, scheme, tool.float_nodes(calibrated.folder, floats))
+        strip_file(to / MODEL)
 
     num_floats = floats if isinstance(floats, int) else len(floats)
-    return shop.run(Stage("quantise", decided, _QUANTISER_TOOLS, build), f"8 bits, {num_floats} layers float")
+    return shop.run(
+        Stage("quantise", decided, _QUANTISER_TOOLS, build, version=2), f"8 bits, {num_floats} layers float"
+    )
 
 
 def quantise_by_modelopt(shop: Workshop, cleaned: Built, samples: Built, precision: str, tool: ModelOpt) -> Built:
@@ -174,9 +180,12 @@ def quantise_by_modelopt(shop: Workshop, cleaned: Built, samples: Built, precisi
     }
 
     def build(to: Path) -> None:
-        tool.quantise(cleaned.path(MODEL), samples.path("inputs.npz"), to / MODEL, precision)
+        from compiler.opsets import strip_file
 
-    stage = Stage("quantise", decided, ("onnx", "onnxruntime"), build, version=2, reproducibility="output-equivalent")
+        tool.quantise(cleaned.path(MODEL), samples.path("inputs.npz"), to / MODEL, precision)
+        strip_file(to / MODEL)
+
+    stage = Stage("quantise", decided, ("onnx", "onnxruntime"), build, version=3, reproducibility="output-equivalent")
     return shop.run(stage, f"{precision} by ModelOpt {tool.version}")
 
 
@@ -185,10 +194,12 @@ def cast(shop: Workshop, cleaned: Built) -> Built:
 
     def build(to: Path) -> None:
         from compiler import quantise as tool
+        from compiler.opsets import strip_file
 
         tool.cast_to_half(cleaned.path(MODEL), to / MODEL)
+        strip_file(to / MODEL)
 
-    stage = Stage("cast", {"model": cleaned.files[MODEL]}, ("onnx", "onnxruntime"), build)
+    stage = Stage("cast", {"model": cleaned.files[MODEL]}, ("onnx", "onnxruntime"), build, version=2)
     return shop.run(stage, "casting to fp16")
 
 

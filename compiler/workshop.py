@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compiler.cache import BuildCache, Built, Stage
 from compiler.progress import Progress
+from model_registry.manifest import ArtefactReproducibility
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class StageReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return dict(vars(self))
+
+
+def reproducibility_of(reports: Sequence[StageReport]) -> ArtefactReproducibility:
+    """The weakest class of the stages that an artefact came from; figures of time are none of its bytes."""
+    classes = {report.reproducibility for report in reports} - {"timing"}
+    return "byte-identical" if classes <= {"byte-identical"} else "output-equivalent"
 
 
 class Workshop:

@@ -29,6 +29,10 @@ MAX_ENGINE_BYTES = 32 << 30
 
 Size = Annotated[int, Field(ge=0, le=1 << 44)]
 Runtime = Literal["onnxruntime", "onnxruntime-genai", "tensorrt-rtx", "tensorrt", "safetensors"]
+ChosenRuntime = Literal["onnxruntime", "onnxruntime-genai", "tensorrt-rtx", "tensorrt"]
+ArtefactReproducibility = Literal["byte-identical", "output-equivalent"]
+"""What a rebuild from source, recipe and tools gives: the same bytes, or others that compute the same."""
+
 Kind = Literal["tensor", "language"]
 
 
@@ -159,6 +163,26 @@ class Engine(_Document):
     compute_capabilities: list[Annotated[str, Field(max_length=8)]] = Field(min_length=1, max_length=8)
 
 
+class RuntimeOption(_Document):
+    """A runtime that could run the artefact, what was measured of it, and why it was or was not chosen."""
+
+    runtime: ChosenRuntime
+    reason: Annotated[str, Field(min_length=1, max_length=300)]
+    figures: Annotated[dict[str, float], Field(max_length=16)] = {}
+
+
+class RuntimeChoice(_Document):
+    """Which runtime runs the artefact on its target and why; `basis` says what decided: figures, a rule, the recipe.
+
+    For language models "onnxruntime" is the agent's own decoding loop; both read the folder that `runtime` names. For
+    tensor models an engine's builder means: that engine where it is there and loads, ONNX Runtime until then.
+    """
+
+    basis: Literal["measured", "rule", "recipe"]
+    chosen: RuntimeOption
+    rejected: Annotated[list[RuntimeOption], Field(max_length=8)] = []
+
+
 class Manifest(_Document):
     """One artefact."""
 
@@ -167,6 +191,7 @@ class Manifest(_Document):
     kind: Kind
     target: Name
     runtime: Runtime
+    runtime_choice: RuntimeChoice | None = None
     precision: Annotated[str, Field(max_length=64)]
     files: list[ArtefactFile] = Field(min_length=1, max_length=1000)
     entry: str  # the file (or ".") that the runtime opens
@@ -180,6 +205,7 @@ class Manifest(_Document):
     recipe_digest: Digest | None = None
     source_digest: Digest
     tools: dict[str, str] = Field(default_factory=dict)
+    reproducibility: ArtefactReproducibility | None = None
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     @model_validator(mode="after")

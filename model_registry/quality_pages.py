@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from model_registry.quality_plot import plot
-from model_registry.quality_report import ArtefactQuality, Point, QualityReport, sentence
+from model_registry.quality_report import ArtefactQuality, Point, QualityReport, choice_sentences, sentence
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#14242b;--soft:#536770;--ground:#fff;--line:#d5dedf;--sea:#0b6b7a;--bad:#a32a23}
@@ -74,6 +74,8 @@ def render_text(report: QualityReport) -> str:
             size = f"{artefact.size_bytes / 1e6:.1f} MB"
             lines.append(f"{artefact.target}: {artefact.precision} for {artefact.runtime}, {size}")
         lines += [f"  {'ok  ' if gate.passed else 'FAIL'} {sentence(gate)}" for gate in artefact.gates]
+        if artefact.runtime_choice is not None:
+            lines += [f"  run  {told}" for told in choice_sentences(artefact.runtime_choice)]
         lines += [f"  note {note}" for note in artefact.notes]
     if report.points:
         lines += ["", f"{'size MB':>9} {'accuracy':>9} {'ms':>8}  what"]
@@ -139,6 +141,7 @@ def _provenance(artefact: ArtefactQuality) -> str:
         "recipe": artefact.recipe_digest or "",
         "reproducibility": artefact.reproducibility or "",
         "tools": ", ".join(f"{name} {version}" for name, version in sorted(artefact.tools.items())),
+        "runtime": " ".join(choice_sentences(artefact.runtime_choice)) if artefact.runtime_choice else "",
         "notes": "; ".join(artefact.notes),
     }
     entries = "".join(f"<dt>{name}</dt><dd><code>{escape(text)}</code></dd>" for name, text in facts.items() if text)

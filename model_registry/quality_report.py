@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from model_registry.manifest import GateResult, Manifest
+from model_registry.manifest import GateResult, Manifest, RuntimeChoice, RuntimeOption
 
 SCHEMA = "foreshore.quality/1"
 
@@ -43,6 +43,18 @@ def sentence(result: GateResult) -> str:
     return f"The {label} {measured}; {demand} {result.limit:.4g} was demanded: {'held' if result.passed else 'failed'}."
 
 
+def choice_sentences(choice: RuntimeChoice) -> tuple[str, ...]:
+    """The runtime chosen and those that were not, each with its reason and figures."""
+    basis = {"measured": "by measurement", "rule": "by rule", "recipe": "by the recipe"}[choice.basis]
+    rejected = [f"Not {option.runtime}: {_told(option)}." for option in choice.rejected]
+    return (f"Run by {choice.chosen.runtime}, chosen {basis}: {_told(choice.chosen)}.", *rejected)
+
+
+def _told(option: RuntimeOption) -> str:
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(option.figures.items()))
+    return f"{option.reason} ({figures})" if figures else option.reason
+
+
 @dataclass(frozen=True)
 class Point:
     """One place in the trade-off of size, latency and accuracy (a share; 1 is the source's own)."""
@@ -70,6 +82,7 @@ class ArtefactQuality:
     recipe_digest: str | None = None
     reproducibility: str | None = None
     notes: tuple[str, ...] = ()
+    runtime_choice: RuntimeChoice | None = None
     error: str | None = None
 
     @property
@@ -104,12 +117,12 @@ class QualityReport:
         document = asdict(self)
         for artefact, plain in zip(self.artefacts, document["artefacts"], strict=True):
             plain["gates"] = [gate.model_dump(mode="json") for gate in artefact.gates]
+            choice = artefact.runtime_choice
+            plain["runtime_choice"] = choice.model_dump(mode="json") if choice else None
         return document
 
 
-def artefact_of(
-    manifest: Manifest, *, reproducibility: str | None = None, notes: Sequence[str] = ()
-) -> ArtefactQuality:
+def artefact_of(manifest: Manifest, *, notes: Sequence[str] = ()) -> ArtefactQuality:
     """The quality of the artefact that `manifest` describes."""
     return ArtefactQuality(
         target=manifest.target,
@@ -120,7 +133,8 @@ def artefact_of(
         gates=tuple(manifest.gates),
         tools=dict(manifest.tools),
         recipe_digest=manifest.recipe_digest,
-        reproducibility=reproducibility,
+        reproducibility=manifest.reproducibility,
+        runtime_choice=manifest.runtime_choice,
         notes=tuple(notes),
     )
 

@@ -160,7 +160,10 @@ def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | L
         from edge_agent.runtimes.language import load_language
 
         folder = files if manifest.entry == "." else (files / manifest.entry).parent
-        return load_language(folder, _limits(manifest, profile))
+        choice = manifest.runtime_choice.chosen.runtime if manifest.runtime_choice else None
+        if choice in ("tensorrt-rtx", "tensorrt"):
+            raise UnsupportedModelError(f"a language model names {choice}", remedy="compile with runtime: auto")
+        return load_language(folder, _limits(manifest, profile), choice)
     from edge_agent.runtimes.onnxruntime_tensor import OnnxRuntimeTensor
 
     return OnnxRuntimeTensor(

@@ -36,6 +36,7 @@ class ArtefactFacts:
     opsets: Mapping[str, int] = field(default_factory=dict)  # operator domain -> version
     operators: tuple[str, ...] = ()  # outside ONNX's own domains: "com.microsoft.GroupQueryAttention[qk_norm]"
     formats: frozenset[str] = frozenset()  # of numbers in the graph; see `manifest.NumberFormat`
+    declines_engines: bool = False  # its recipe chose ONNX Runtime
     engine: EngineFacts | None = None  # what the runtime opens is this engine
 
 
@@ -56,8 +57,14 @@ def facts_of(manifest: Manifest) -> ArtefactFacts:
         opsets=graph.opsets if graph else {},
         operators=tuple(graph.operators) if graph else (),
         formats=frozenset(graph.formats) if graph else frozenset(),
+        declines_engines=_declines_engines(manifest),
         engine=engine_facts(manifest.engine) if is_engine and manifest.engine else None,
     )
+
+
+def _declines_engines(manifest: Manifest) -> bool:
+    choice = manifest.runtime_choice
+    return choice is not None and choice.basis == "recipe" and choice.chosen.runtime == "onnxruntime"
 
 
 def engine_facts(engine: Engine) -> EngineFacts:

@@ -269,6 +269,8 @@ def parser_operators(facts: ArtefactFacts, device: Hardware) -> Finding:
         return Obstacle("no engine can be built: the device tells no runtime and compute capability for one")
     if facts.runtime != "onnxruntime":
         return Obstacle(f"is opened by {facts.runtime}: {key.builder} reads plain ONNX only")
+    if facts.declines_engines:
+        return Obstacle("has no engine built for it: its recipe names onnxruntime")
     if facts.operators:
         return Obstacle(f"uses operator {facts.operators[0]}, which {key.builder} does not read")
     if "int32_bias" in facts.formats:

@@ -42,7 +42,7 @@ LIMITS = {
     "min_top1_agreement",
     "min_worst_slice_agreement",
 }
-TOLD = {"quantiser", "search"}
+TOLD = {"quantiser", "runtime", "search"}
 
 
 @pytest.fixture(scope="module")

@@ -152,9 +152,16 @@ def _quality(plane: ControlPlane, digest: str) -> dict[str, Any]:
     try:
         manifest = parse_manifest(plane.blobs.get(digest, max_bytes=MAX_MANIFEST_BYTES), expected_digest=digest)
     except NotFoundError:
-        return {"gates": [], "tools": {}, "recipe_digest": None}
+        return {"gates": [], "tools": {}, "recipe_digest": None, "reproducibility": None, "runtime_choice": None}
     gates = [gate.model_dump(mode="json") for gate in manifest.gates]
-    return {"gates": gates, "tools": manifest.tools, "recipe_digest": manifest.recipe_digest}
+    choice = manifest.runtime_choice
+    return {
+        "gates": gates,
+        "tools": manifest.tools,
+        "recipe_digest": manifest.recipe_digest,
+        "reproducibility": manifest.reproducibility,
+        "runtime_choice": choice.model_dump(mode="json") if choice is not None else None,
+    }
 
 
 def _check_readable(plane: ControlPlane, by: Principal, digest: str) -> None:

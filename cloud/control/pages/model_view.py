@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from model_registry.manifest import GateResult
+from model_registry.manifest import GateResult, RuntimeChoice
 from model_registry.quality_plot import plot
-from model_registry.quality_report import ArtefactQuality, Point, published_points, sentence
+from model_registry.quality_report import ArtefactQuality, Point, choice_sentences, published_points, sentence
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class ReleaseQuality:
     plot: Markup
     points: tuple[Point, ...]
     tools: Mapping[str, Mapping[str, str]]
+    runtimes: Mapping[str, tuple[str, ...]]  # by target: what runs it and why
 
 
 def release_quality(release: Mapping[str, Any]) -> ReleaseQuality:
@@ -33,10 +34,12 @@ def release_quality(release: Mapping[str, Any]) -> ReleaseQuality:
         plot=Markup(plot(points, name, key=f"v{release.get('sequence', 0)}")),
         points=points,
         tools={one.target: one.tools for one in artefacts},
+        runtimes={one.target: choice_sentences(one.runtime_choice) for one in artefacts if one.runtime_choice},
     )
 
 
 def _artefact(document: Mapping[str, Any]) -> ArtefactQuality:
+    choice = document.get("runtime_choice")
     return ArtefactQuality(
         target=document["target"],
         runtime=document["runtime"],
@@ -46,4 +49,6 @@ def _artefact(document: Mapping[str, Any]) -> ArtefactQuality:
         gates=tuple(GateResult.model_validate(gate) for gate in document.get("gates") or ()),
         tools=document.get("tools") or {},
         recipe_digest=document.get("recipe_digest"),
+        reproducibility=document.get("reproducibility"),
+        runtime_choice=RuntimeChoice.model_validate(choice) if choice else None,
     )
