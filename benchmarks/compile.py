@@ -34,6 +34,7 @@ NUM_DATA = 256
 DECODE_TOKENS = 48
 DECODE_RUNS = 5
 MAX_PERPLEXITY_RATIO = 1.05
+SEARCHED_MAX_KL = 0.12
 GOALS = (
     Goal("residual_agreement_cpu-x86-vnni", 0.995, ">="),
     Goal("depthwise_agreement_cpu-x86-vnni", 0.995, ">="),
@@ -233,7 +234,31 @@ def language(root: Path, name: str, source: Path, targets: str, quick: bool) -> 
             f"{key}build_s": sum(stage.seconds for stage in result.artefact.stages),
             f"{key}speedup_vs_fp32": _decode_speedup(reference, result.artefact.folder),
         }
+    if not quick:
+        figures |= _searched(source, root / f"{name}-searched", cache)
     return {f"{name}_{key}": value for key, value in figures.items()}
+
+
+def _searched(source: Path, out: Path, cache: BuildCache) -> dict[str, float]:
+    """The price of holding `SEARCHED_MAX_KL`: by the ladder's rungs alone, and by a search over single layers."""
+    figures: dict[str, float] = {}
+    for key, choice in (("ladder", {"search": False}), ("searched", {"eight_bit_rungs": []})):
+        limits = {"max_kl": SEARCHED_MAX_KL, "gate_tokens": 512}
+        recipe = parse_recipe({"language": limits | choice})
+        started = time.monotonic()
+        result = compile_targets(source, load_targets("cpu-x86"), recipe, out / key, cache, _say)[0]
+        if result.artefact is None:
+            print(f"  {key} with divergence <= {SEARCHED_MAX_KL}: {result.error}", flush=True)
+            continue
+        print(f"  {key}: {'; '.join(result.artefact.notes)}", flush=True)
+        figures |= {
+            f"{key}_size_bytes": float(result.artefact.manifest.size_bytes),
+            f"{key}_kl": _gate(result, "kl_nats"),
+            f"{key}_ppl_ratio": _gate(result, "perplexity_ratio"),
+            f"{key}_num_tried": float(len(result.artefact.tried)),
+            f"{key}_s": time.monotonic() - started,
+        }
+    return figures
 
 
 def _decode_speedup(slow: Path, fast: Path) -> float:

@@ -96,6 +96,11 @@ class BuildCache:
             return None
         return _built(target, record, was_cached=True)
 
+    def touch(self, *results: Built) -> None:
+        """They count as used now: a long search must not push out what it works from."""
+        for built in results:
+            os.utime(built.folder)
+
     def get_or_build(self, stage: Stage) -> Built:
         """The result of `stage`; `stage.build(folder)` fills a new one. What it raises leaves nothing behind."""
         found = self.find(stage)

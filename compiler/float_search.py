@@ -6,7 +6,7 @@ stages. The loss is the worst gate's share of what its limit allows: a set holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from compiler.cache import Built
@@ -32,9 +32,25 @@ class Found:
 
 
 def search_float_layers(layers: Sequence[str], quantise: Quantise, measure: Measure, judge: Judge) -> Found | None:
-    """The best set of float layers among `layers`, or None when no set holds the gates.
+    """The best set of float layers among `layers`, or None when no set holds the gates."""
 
-    Gates that bound how much may stay float (`NOT_ACCURACY`) are no loss, because keeping all layers must be able to
+    def size(graph: Built) -> int:
+        return graph.path(MODEL).stat().st_size
+
+    return search_layers(layers, quantise, measure, judge, size, NOT_ACCURACY)
+
+
+def search_layers(
+    layers: Sequence[str],
+    quantise: Quantise,
+    measure: Measure,
+    judge: Judge,
+    size_bytes: Callable[[Built], int],
+    not_accuracy: Collection[str],
+) -> Found | None:
+    """The smallest model by `size_bytes` that keeps some of `layers` in higher precision and holds the gates, or None.
+
+    Gates that bound how much may be kept (`not_accuracy`) are no loss, because keeping all layers must be able to
     hold; they stand in the result for the caller to require. Costs at most `budget(len(layers))` evaluations, each of
     which quantises and measures once.
     """
@@ -44,9 +60,7 @@ def search_float_layers(layers: Sequence[str], quantise: Quantise, measure: Meas
         graph = quantise(sorted(kept))
         gates = judge(measure(graph), graph)
         graphs[kept] = (graph, gates)
-        return Evaluation(
-            graph.path(MODEL).stat().st_size, max(strain(gate) for gate in gates if gate.name not in NOT_ACCURACY)
-        )
+        return Evaluation(size_bytes(graph), max(strain(gate) for gate in gates if gate.name not in not_accuracy))
 
     result = search(layers, evaluate, lambda evaluation: evaluation.loss <= 1, budget(len(layers)))
     if result.kept is None:

@@ -1,19 +1,22 @@
-"""A language model for one target: 4 bits, then more and more layers of 8 bits, until the gates hold."""
+"""A language model for one target: 4 bits, then more and more layers of 8 bits, until the gates hold.
+
+If no rung of the ladder holds, the few layers that must have 8 bits are searched for (`compiler.language_candidates`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from compiler import language_stages
 from compiler.cache import Built
 from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, Tried, fingerprint, size_bytes
 from compiler.gates import budget_gates, gate, language_gates, require_all
+from compiler.language_candidates import LanguageCandidates
 from compiler.options import builder_options, language_notes
 from compiler.package import Part
 from compiler.progress import Report
-from compiler.recipe import LanguageRecipe, Recipe
+from compiler.recipe import Recipe
 from compiler.runtime_choice import can_measure, choose_for_language
 from compiler.workshop import Workshop
 from model_registry.manifest import GateResult, Golden
@@ -34,18 +37,33 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
     built = language_stages.build_genai(shop, source, name, precision, provider, builder_options(language))
     notes = language_notes(job.recipe, shop, source, name, precision, provider, built)
     reference = language_stages.source_logits(shop, source, name, language.gate_tokens)
+    candidates = LanguageCandidates(shop, source, name, language, provider, built)
     tried: list[Tried] = []
-    gates: list[GateResult] = []
-    size = 0
-    for label, candidate in _mixed_bits(shop, source, name, language, provider, built):
-        figures = language_stages.measure(shop, candidate, reference)
+
+    def measure(candidate: Built) -> dict[str, float]:
+        shop.cache.touch(reference)
+        return language_stages.measure(shop, candidate, reference)
+
+    def judge(figures: Mapping[str, float], candidate: Built) -> list[GateResult]:
         size = size_bytes(candidate.path(language_stages.MODEL))
-        gates = _judge_language(figures, size / max(1, size_bytes(source)), recipe)
-        tried.append(Tried(label, size, tuple(gates)))
-        shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in gates))
-        built = candidate
+        found = _judge_language(figures, size / max(1, size_bytes(source)), recipe)
+        tried.append(Tried(candidates.label(candidate), size, tuple(found)))
+        shop.progress.say("measure", "; ".join(f"{r.name} {r.value:g} ({r.sense} {r.limit:g})" for r in found))
+        return found
+
+    gates: list[GateResult] = []
+    for candidate in candidates.rungs():
+        built, gates = candidate, judge(measure(candidate), candidate)
         if all(result.passed for result in gates):
             break
+    else:
+        found = candidates.search(measure, judge)
+        if found is not None and all(result.passed for result in found.gates):
+            built, gates = found.graph, found.gates
+            kept, num_tried = sorted(found.result.kept or ()), len(found.result.evaluations)
+            words = f"{len(kept)} of {len(candidates.layers())} layers were raised to 8 bits ({num_tried} tried)"
+            notes = (*notes, f"{words}: {', '.join(kept)}")
+    size = size_bytes(built.path(language_stages.MODEL))
     config = language_stages.limited_config(shop, built, language.context_tokens)
     context = int(config.read_json(language_stages.CONFIG)["model"]["context_length"])
     memory = _language_memory_bytes(config.read_json(language_stages.CONFIG), size, context)
@@ -82,18 +100,6 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
         tried=tuple(tried),
         runtime_choice=choice,
     )
-
-
-def _mixed_bits(
-    shop: Workshop, source: Path, fingerprint: str, language: LanguageRecipe, provider: str, built: Built
-) -> Iterator[tuple[str, Built]]:
-    """`built`, then with more and more 8-bit layers, each with its name."""
-    yield language.precision or "fp32", built
-    if language.precision != "int4" or provider != "cpu":
-        return
-    for rung in filter(None, language.eight_bit_rungs):
-        eight = language_stages.build_genai(shop, source, fingerprint, "int8", provider, {"algo_config": "k_quant"})
-        yield f"int4, {' and '.join(rung)} int8", language_stages.raise_bits(shop, built, eight, rung)
 
 
 def _judge_language(figures: Mapping[str, float], size_ratio: float, recipe: Recipe) -> list[GateResult]:

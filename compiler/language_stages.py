@@ -19,6 +19,7 @@ from wire.errors import GateFailedError
 
 MODEL = "model"
 GOLDEN = "golden.json"
+LAYERS = "layers.json"
 CONFIG = "genai_config.json"
 _PROJECTIONS = {"attention": ("/attn/",), "down": ("/down_proj/",), "gate-up": ("/gate_", "/up_proj/")}
 _IMPORT_TOOLS = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
@@ -52,17 +53,34 @@ def build_genai(
 
 def raise_bits(shop: Workshop, four: Built, eight: Built, projections: Sequence[str]) -> Built:
     """The 4-bit model with the named projections of every block as in the 8-bit one."""
-    decided = {"four": four.digest, "eight": eight.digest, "projections": sorted(projections)}
+    words = tuple(word for projection in projections for word in _PROJECTIONS[projection])
+    layers = [layer for layer in four_bit_layers(shop, four) if any(word in layer for word in words)]
+    return raise_layers(shop, four, eight, layers)
+
+
+def four_bit_layers(shop: Workshop, four: Built) -> list[str]:
+    """Names of the layers whose weights have 4 bits, in graph order."""
 
     def build(to: Path) -> None:
         from compiler import mixed_bits
 
-        words = tuple(word for projection in projections for word in _PROJECTIONS[projection])
         bits = mixed_bits.layers_by_bits(four.path(MODEL))
-        layers = [layer for layer, width in bits.items() if width == 4 and any(word in layer for word in words)]
+        (to / LAYERS).write_text(json.dumps([layer for layer, width in bits.items() if width == 4]))
+
+    stage = Stage("layers", {"graph": four.files[f"{MODEL}/model.onnx"]}, ("onnx",), build)
+    return list(shop.run(stage, "reading the layers").read_json(LAYERS))
+
+
+def raise_layers(shop: Workshop, four: Built, eight: Built, layers: Sequence[str]) -> Built:
+    """The 4-bit model with `layers` as in the 8-bit one."""
+    decided = {"four": four.digest, "eight": eight.digest, "layers": sorted(layers)}
+
+    def build(to: Path) -> None:
+        from compiler import mixed_bits
+
         mixed_bits.raise_to_eight_bits(four.path(MODEL), eight.path(MODEL), layers, to / MODEL)
 
-    return shop.run(Stage("mix", decided, ("onnx",), build), f"8 bits for {', '.join(projections)}")
+    return shop.run(Stage("mix", decided, ("onnx",), build), f"8 bits for {len(layers)} layers")
 
 
 def source_logits(shop: Workshop, source: Path, fingerprint: str, num_tokens: int) -> Built:

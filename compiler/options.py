@@ -55,6 +55,8 @@ def language_notes(
     for name in ("algorithm", "eight_bit_rungs"):
         if name in language.model_fields_set and precision != "int4":
             notes.append(f"language.{name}: no effect on {precision}")
+    if "search" in _set(language) and (precision != "int4" or provider != "cpu"):
+        notes.append(f"language.search: no effect on {precision} for {provider}")
     if "eight_bit_rungs" in language.model_fields_set and provider != "cpu":
         notes.append(f"language.eight_bit_rungs: no effect on a graph for {provider}")
     for name in language.builder_options:

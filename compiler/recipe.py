@@ -63,7 +63,8 @@ class TensorRecipe(_Strict):
 class LanguageRecipe(_Strict):
     """For language models. `algorithm` is how 4-bit weights are chosen; the mixed ones keep a few layers at 8 bits.
 
-    `eight_bit_rungs` are tried in order until the gates hold: which projections have 8 bits in every block besides.
+    `eight_bit_rungs` are tried in order until the gates hold: which projections have 8 bits in every block besides. If
+    none holds, `search` looks for the few layers that must, which takes up to 3 * sqrt(layers) + 10 more tries.
     """
 
     precision: LanguagePrecision | None = None
@@ -76,6 +77,7 @@ class LanguageRecipe(_Strict):
         ["attention", "down"],
         ["attention", "down", "gate-up"],
     ]
+    search: bool = True
     context_tokens: Annotated[int, Field(ge=128, le=131072)] = 2048
     gate_tokens: Annotated[int, Field(ge=128, le=65536)] = 1024
     max_perplexity_ratio: Annotated[float, Field(ge=1, le=100)] = 1.25

@@ -27,7 +27,12 @@ def _searched(results: Sequence[TargetResult]) -> tuple[Point, ...]:
     """What was tried and not taken, each graph once however many targets tried it."""
     points: dict[tuple[str, int], Point] = {}
     for result in results:
-        for tried in result.artefact.tried[:-1] if result.artefact else ():
+        if result.artefact is None:
+            continue
+        taken = result.artefact.manifest.gates
+        for tried in result.artefact.tried:
+            if all(gate in taken for gate in tried.gates):
+                continue  # what was published has its own point
             accuracy = accuracy_of(tried.gates)
             if accuracy is not None:
                 holds = all(gate.passed for gate in tried.gates)

@@ -92,7 +92,7 @@ def choose_for_tensors(job: CompileJob, engine: EngineResult | None) -> RuntimeC
         return RuntimeChoice(
             basis="rule",
             chosen=RuntimeOption(
-                runtime=LOOP, reason=f"target {job.target.name} has no engine: nothing else runs tensors there"
+                runtime="onnxruntime", reason=f"target {job.target.name} has no engine: nothing else runs tensors there"
             ),
         )
     if named == LOOP:

@@ -161,8 +161,6 @@ def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | L
 
         folder = files if manifest.entry == "." else (files / manifest.entry).parent
         choice = manifest.runtime_choice.chosen.runtime if manifest.runtime_choice else None
-        if choice in ("tensorrt-rtx", "tensorrt"):
-            raise UnsupportedModelError(f"a language model names {choice}", remedy="compile with runtime: auto")
         return load_language(folder, _limits(manifest, profile), choice)
     from edge_agent.runtimes.onnxruntime_tensor import OnnxRuntimeTensor
 

@@ -15,7 +15,8 @@ from typing import cast
 import numpy as np
 
 from edge_agent.runtimes.base import LanguageLimits, LanguageRuntime, Sampling, generate
-from edge_agent.runtimes.language import LanguageChoice, load_language
+from edge_agent.runtimes.language import load_language
+from model_registry.manifest import ChosenRuntime
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 24
 NUM_STREAMS, NUM_ROUNDS = 4, 3
@@ -28,7 +29,7 @@ def measure(folder: str, runtime: str) -> dict[str, float]:
     Raises `UnsupportedModelError` where `runtime` does not run the model.
     """
     limits = LanguageLimits(context_tokens=PROMPT_TOKENS + NEW_TOKENS, num_streams=NUM_STREAMS, num_threads=1)
-    model = load_language(Path(folder), limits, cast(LanguageChoice, runtime))
+    model = load_language(Path(folder), limits, cast(ChosenRuntime, runtime))
     try:
         figures = {
             f"decode_{count}_tokens_per_s": max([_rate(model, count) for _ in range(NUM_ROUNDS + 1)][1:])
