@@ -234,9 +234,17 @@ def language(root: Path, name: str, source: Path, targets: str, quick: bool) -> 
             f"{key}build_s": sum(stage.seconds for stage in result.artefact.stages),
             f"{key}speedup_vs_fp32": _decode_speedup(reference, result.artefact.folder),
         }
+        figures |= {f"{key}{name}": value for name, value in _runtime_rates(result).items()}
     if not quick:
         figures |= _searched(source, root / f"{name}-searched", cache)
     return {f"{name}_{key}": value for key, value in figures.items()}
+
+
+def _runtime_rates(result: TargetResult) -> dict[str, float]:
+    """What the compiler measured of each runtime when it chose one; nothing where a rule chose."""
+    choice = result.artefact.manifest.runtime_choice if result.artefact else None
+    options = (choice.chosen, *choice.rejected) if choice else ()
+    return {f"{option.runtime}_{name}": value for option in options for name, value in option.figures.items()}
 
 
 def _searched(source: Path, out: Path, cache: BuildCache) -> dict[str, float]:

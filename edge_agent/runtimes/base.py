@@ -165,7 +165,7 @@ def load(manifest: Manifest, files: Path, profile: Profile) -> TensorRuntime | L
     from edge_agent.runtimes.onnxruntime_tensor import OnnxRuntimeTensor
 
     return OnnxRuntimeTensor(
-        files / manifest.entry, profile.providers, profile.num_threads, hardware_key=profile.hardware_key
+        files / manifest.entry, profile.providers, profile.num_threads, hardware_key=_engine_key(profile, files)
     )
 
 
@@ -183,6 +183,15 @@ def generate(runtime: LanguageRuntime, prompt: Sequence[int], sampling: Sampling
                 return
     finally:
         cancel()
+
+
+def _engine_key(profile: Profile, folder: Path) -> str | None:
+    """What engines that ONNX Runtime builds here are good for, in the words of those that the fleet shares."""
+    from edge_agent.hardware import find_hardware
+    from model_registry.compatibility import key_of
+
+    key = key_of(find_hardware(profile, folder)) if profile.providers else None
+    return str(key) if key is not None else profile.hardware_key
 
 
 def _limits(manifest: Manifest, profile: Profile) -> LanguageLimits:
