@@ -84,12 +84,27 @@ class Repository:
 
     def find_release(self, model: str, digest: str) -> TargetFile | None:
         """The entry of a release in any publisher's current list that may list it."""
+        listed = self._find_list(model, digest)
+        return listed[1].signed.targets[roles.release_path(model, digest)] if listed is not None else None
+
+    def find_signers(self, model: str, digest: str) -> tuple[str, tuple[str, ...]] | None:
+        """The publisher whose current list holds a release, and the ids of the keys that really signed that list."""
+        listed = self._find_list(model, digest)
+        if listed is None:
+            return None
+        role, metadata = listed
+        result = self.targets.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
+        return role, tuple(sorted(result.signed))
+
+    def _find_list(self, model: str, digest: str) -> tuple[str, Metadata[Targets]] | None:
+        """The first publisher's current list that may list a release and does."""
         path = roles.release_path(model, digest)
         delegations = self.targets.delegations if Targets.type in self.current else None
         for role, _ in delegations.get_roles_for_target(path) if delegations else ():
-            listed = read_metadata(Targets, self.current[role]).signed.targets
-            if path in listed and listed[path].hashes.get("sha256") == digest:
-                return listed[path]
+            metadata = read_metadata(Targets, self.current[role])
+            entry = metadata.signed.targets.get(path)
+            if entry is not None and entry.hashes.get("sha256") == digest:
+                return role, metadata
         return None
 
     def submit(self, role: str, data: bytes, now: datetime) -> Repository:

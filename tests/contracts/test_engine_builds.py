@@ -339,6 +339,9 @@ def test_a_rollout_skips_who_cannot_run_it_before_a_byte_is_sent(control: Contro
     assert "cpu_features" in said.output
     page = httpx.get(f"{control.url}/models/picky", cookies=_session(control), follow_redirects=True)
     assert "Compatibility with the fleet" in page.text
+    signed_by = control.ok("GET", "/models/picky")["releases"][0]["signed_by"]
+    assert f"publisher {signed_by['publisher']}" in page.text
+    assert all(key[:8] in page.text for key in signed_by["keys"])
     assert "needs processor features avx512_vnni" in page.text
     for device in (good, poor):
         device.close()

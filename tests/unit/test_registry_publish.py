@@ -119,6 +119,11 @@ def test_a_model_is_published_and_signed_by_the_publisher(
     result = Publisher(client, desk, watcher).publish(wanted)
     assert state.signed is not None
     assert state.counter.repository.find_release("vision", result.release.digest) is not None
+    signers = state.counter.repository.find_signers("vision", result.release.digest)
+    assert signers is not None
+    assert signers[0] == PUBLISHER
+    assert len(signers[1]) == 1
+    assert state.counter.repository.find_signers("vision", "ab" * 32) is None
     assert state.signed == state.counter.repository.current[PUBLISHER]
     assert result.release.version == "2.0.0"
     assert result.uploaded_bytes == result.source_bytes == model.stat().st_size

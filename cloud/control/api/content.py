@@ -19,6 +19,7 @@ from cloud.control.plane import ControlPlane
 from model_registry import catalogue
 from model_registry.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from model_registry.tables import ReleaseRow
+from model_registry.trust.repository import Repository
 from wire.errors import InvalidInputError, NotFoundError
 
 router = APIRouter()
@@ -103,7 +104,15 @@ def get_model(name: str, plane: Plane, by: Viewer) -> dict[str, Any]:
     with plane.database.read() as session:
         document = _model_document(plane, catalogue.get_model(session, by.tenant, name))
         rows = catalogue.list_versions(session, by.tenant, name)
-        return {**document, "releases": [release_document(plane, row) for row in rows]}
+        trust = plane.trust.repository(by.tenant)
+        releases = [release_document(plane, row) | {"signed_by": _signed_by(trust, name, row.digest)} for row in rows]
+        return {**document, "releases": releases}
+
+
+def _signed_by(trust: Repository, model: str, digest: str) -> dict[str, Any] | None:
+    """The publisher and the keys that vouch for a release now; None once nobody does."""
+    found = trust.find_signers(model, digest)
+    return {"publisher": found[0], "keys": list(found[1])} if found is not None else None
 
 
 def release_document(plane: ControlPlane, row: ReleaseRow) -> dict[str, Any]:
