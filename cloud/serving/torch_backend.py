@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from cloud.serving.backend import Batch, SampledToken, SamplingRow, SequencePlan, Tensor
 from cloud.serving.sampler import sample
+from cloud.serving.wide_linear import MIN_ROWS, is_half_slow, wide_linear
 
 
 @dataclass
@@ -26,7 +27,10 @@ class CpuBatch(Batch):
 
 
 class TorchBackend:
-    """`Backend` on torch CPU operators, float32 or bfloat16."""
+    """`Backend` on torch CPU operators, float32 or bfloat16. `is_widening`: multiply many bfloat16 rows in float32."""
+
+    def __init__(self, is_widening: bool | None = None) -> None:
+        self.is_widening = is_half_slow() if is_widening is None else is_widening
 
     def prepare_weight(self, weight: Tensor) -> Tensor:
         """Contiguous rows are what torch's CPU matrix products read fastest."""
@@ -42,6 +46,8 @@ class TorchBackend:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Backend.linear`."""
+        if self._is_widened(x):
+            return wide_linear(x, weight, bias)
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -91,6 +97,8 @@ class TorchBackend:
                 out[rows] = answer.view(1, num_heads, head_dim)
                 continue
             q = query[rows].transpose(0, 1)[None]  # [1, H, new, D]
+            if self._is_widened(query):
+                q, key, value = q.float(), key.float(), value.float()
             answer = F.scaled_dot_product_attention(
                 q,
                 key.repeat_interleave(group, 1),
@@ -101,6 +109,10 @@ class TorchBackend:
             )
             out[rows] = answer[0].transpose(0, 1)
         return out.view(num_tokens, num_heads * head_dim)
+
+    def _is_widened(self, x: Tensor) -> bool:
+        is_half = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        return self.is_widening and is_half and x.shape[0] >= MIN_ROWS
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """See `Backend.sample`."""
