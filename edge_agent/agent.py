@@ -131,7 +131,7 @@ class Agent:
                 last_report = time.monotonic()
                 self._report()
             self._dirty = self._dirty or any(update.state.is_working for update in self.updates.values())
-            self._flush_outbox()
+            await self._flush_outbox()
             if self.trust.num_renewals != self._seen_renewals:
                 self._seen_renewals = self.trust.num_renewals
                 self._spawn(self._renewed(), "trust-renewed")
@@ -393,11 +393,11 @@ class Agent:
         if self._publish("reported", self.report().to_bytes(), retain=True):
             self._dirty = self._urgent = False
 
-    def _flush_outbox(self) -> None:
+    async def _flush_outbox(self) -> None:
         if not self.is_online:
             return
         now = time.monotonic()
-        for event_id, payload in self.outbox.oldest():
+        for event_id, payload in await asyncio.to_thread(self.outbox.oldest):
             if now - self._sent_at.get(event_id, -RESEND_S) >= RESEND_S and self._publish("event", payload):
                 self._sent_at[event_id] = now
 

@@ -3,18 +3,21 @@
 Over the quota the oldest event of the lowest priority goes first. Delivery is at least once; `event_id` makes it once
 in effect. Events are deleted when the control plane names them as stored.
 
-Telemetry never stands in the way of serving: what the disk does not take is counted as dropped, a file that is damaged
-is set aside, and without any disk the events wait in memory.
+Telemetry never stands in the way of serving: one thread of its own owns the database, so that no request waits for a
+disk; what the disk does not take is counted as dropped, a file that is damaged is set aside, and without any disk the
+events wait in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sqlite3
 import threading
-import uuid
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -25,60 +28,77 @@ Kind = Literal["decision", "inference", "update", "alarm", "metric"]
 PRIORITY_BY_KIND: dict[str, int] = {"alarm": 4, "update": 3, "decision": 2, "inference": 1, "metric": 0}
 
 
+MAX_UNWRITTEN = 1000  # events on their way to a disk that stalls
+
+
 class Outbox:
-    """One database file; may be used from any thread."""
+    """One database file; may be used from any thread. Calls take effect in the order they were made."""
 
     def __init__(self, path: Path, quota_bytes: int) -> None:
         self._quota_bytes = quota_bytes
-        self._lock = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="outbox")
+        self._unwritten = threading.Semaphore(MAX_UNWRITTEN)
         self.num_dropped = 0
         self._db = _open(path)
-        self._size_bytes = self._sum()
+        self._size_bytes = int(self._db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()[0])
 
     def add(self, kind: Kind, body: dict[str, Any]) -> str | None:
-        """Keep an event; returns its id, or None when it is dropped: too large to be sent, or the disk fails."""
-        event = Event(event_id=uuid.uuid4().hex, kind=kind, at=datetime.now(UTC), body=json.loads(json.dumps(body)))
+        """Keep an event, without waiting for the disk; returns its id, or None when it can't be sent or written."""
+        event = Event(event_id=_new_id(), kind=kind, at=datetime.now(UTC), body=json.loads(json.dumps(body)))
         payload = event.to_bytes()
-        if len(payload) > min(MAX_MESSAGE_BYTES, self._quota_bytes):
+        is_too_large = len(payload) > min(MAX_MESSAGE_BYTES, self._quota_bytes)
+        if is_too_large or not self._unwritten.acquire(blocking=False):
             self.num_dropped += 1
             return None
-        with self._lock:
-            try:
-                self._make_room(len(payload), PRIORITY_BY_KIND[kind])
-                if self._size_bytes + len(payload) > self._quota_bytes:  # all that waits matters more
-                    self.num_dropped += 1
-                    return None
-                self._db.execute(
-                    "INSERT INTO events (event_id, priority, size_bytes, payload) VALUES (?, ?, ?, ?)",
-                    (event.event_id, PRIORITY_BY_KIND[kind], len(payload), payload),
-                )
-            except sqlite3.Error:
-                self.num_dropped += 1
-                return None
-            self._size_bytes += len(payload)
+        self._writer.submit(self._write, event.event_id, PRIORITY_BY_KIND[kind], payload)
         return event.event_id
 
     def oldest(self, limit: int = 50) -> list[tuple[str, bytes]]:
-        """Ids and payloads, in the order they happened."""
-        with self._lock, contextlib.suppress(sqlite3.Error):  # the next tick reads again
+        """Ids and payloads, in the order they happened; waits for what was added before."""
+        return self._writer.submit(self._read, limit).result()
+
+    def confirm(self, event_ids: Sequence[str]) -> None:
+        """Forget events that are stored elsewhere; unknown ids do no harm, what stays is confirmed again later."""
+        self._writer.submit(self._forget, list(event_ids))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all payloads; waits for what was added before."""
+        return self._writer.submit(lambda: self._size_bytes).result()
+
+    def close(self) -> None:
+        """Write what is on its way, then close the database."""
+        self._writer.shutdown()
+        self._db.close()
+
+    def _write(self, event_id: str, priority: int, payload: bytes) -> None:
+        self._unwritten.release()
+        try:
+            self._make_room(len(payload), priority)
+            if self._size_bytes + len(payload) > self._quota_bytes:  # all that waits matters more
+                self.num_dropped += 1
+                return
+            self._db.execute(
+                "INSERT INTO events (event_id, priority, size_bytes, payload) VALUES (?, ?, ?, ?)",
+                (event_id, priority, len(payload), payload),
+            )
+            self._size_bytes += len(payload)
+        except sqlite3.Error:
+            self.num_dropped += 1
+
+    def _read(self, limit: int) -> list[tuple[str, bytes]]:
+        with contextlib.suppress(sqlite3.Error):  # the next tick reads again
             rows = self._db.execute("SELECT event_id, payload FROM events ORDER BY number LIMIT ?", (limit,))
             return [(str(name), bytes(payload)) for name, payload in rows]
         return []
 
-    def confirm(self, event_ids: Sequence[str]) -> None:
-        """Forget events that are stored elsewhere; unknown ids do no harm, what stays is confirmed again later."""
-        with self._lock, contextlib.suppress(sqlite3.Error):
-            self._db.executemany("DELETE FROM events WHERE event_id = ?", [(name,) for name in event_ids])
-            self._size_bytes = self._sum()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all payloads."""
-        return self._size_bytes
-
-    def close(self) -> None:
-        """Close the database."""
-        self._db.close()
+    def _forget(self, event_ids: list[str]) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            forgotten = self._db.execute(
+                "DELETE FROM events WHERE event_id IN (SELECT value FROM json_each(?)) RETURNING size_bytes",
+                (json.dumps(event_ids),),
+            ).fetchall()
+            self._size_bytes -= sum(row[0] for row in forgotten)
 
     def _make_room(self, size_bytes: int, priority: int) -> None:
         """Drop the oldest of the lowest priority, at most `priority`, until `size_bytes` fit."""
@@ -93,8 +113,10 @@ class Outbox:
             self._size_bytes -= row[1]
             self.num_dropped += 1
 
-    def _sum(self) -> int:
-        return int(self._db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()[0])
+
+def _new_id() -> str:
+    """Unique, and later ones sort later: the index grows at its end instead of all over the disk."""
+    return f"{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
-from edge_agent.outbox import Outbox
+from edge_agent.outbox import MAX_UNWRITTEN, Outbox
 
 QUOTA_BYTES = 64 * 1024
 
@@ -29,11 +30,25 @@ def test_over_the_quota_the_oldest_of_the_lowest_priority_goes_first(tmp_path: P
 
 def test_what_matters_less_than_all_that_waits_is_dropped_itself(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path / "outbox.db", QUOTA_BYTES)
-    while not outbox.num_dropped:
+    for _ in range(100):
         outbox.add("alarm", {"text": "x" * 2000})
-    waiting = len(_kinds(outbox))
-    assert outbox.add("metric", {"text": "x" * 2000}) is None
+    waiting, dropped = len(_kinds(outbox)), outbox.num_dropped
+    assert dropped == 100 - waiting > 0
+    outbox.add("metric", {"text": "x" * 2000})
     assert _kinds(outbox) == ["alarm"] * waiting
+    assert outbox.num_dropped == dropped + 1
+
+
+def test_a_disk_that_stalls_holds_no_caller_up_and_the_backlog_has_a_bound(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox.db", 64 * QUOTA_BYTES)
+    stalled = sqlite3.connect(tmp_path / "outbox.db", isolation_level=None)
+    stalled.execute("BEGIN IMMEDIATE")  # the writer can't go on until this ends
+    added = [outbox.add("decision", {"number": number}) for number in range(MAX_UNWRITTEN + 50)]
+    assert [event is None for event in added[-40:]] == [True] * 40
+    stalled.execute("ROLLBACK")
+    kept = [name for name, _ in outbox.oldest(MAX_UNWRITTEN + 50)]
+    assert kept == [event for event in added if event is not None]
+    assert outbox.num_dropped == len(added) - len(kept)
 
 
 def test_events_survive_a_restart_and_go_when_confirmed(tmp_path: Path) -> None:
