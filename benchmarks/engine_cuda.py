@@ -3,8 +3,8 @@
 Mix: `random.seed(s)`; 256 prompts of randint(100, 1024) random token ids, then 256 output lengths randint(100, 1024);
 end-of-sequence ignored, greedy, prefix cache useless by construction, one whole mix of another seed as warm-up. TPOT at
 batch b: (time for 129 outputs - time for 1 output) / 128 with prompts of 512 tokens, both run once to warm up and then
-the best of two. Limits: the weights and the KV that must be read, over the copy bandwidth
-measured in the same run; prefill over the measured bf16 matrix rate.
+the best of two; `sampled` with the filters of `SAMPLING`. Limits: the weights and the KV that must be read, over the
+copy bandwidth measured in the same run; prefill over the measured bf16 matrix rate.
 
 The goals were measured on an H100; `environment.accelerator` names the card that a result is from.
 """
@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ GOALS = [
     Goal("qwen3_moe_start_s", 15, "<="),
 ]
 MAX_CONTEXT = 9216
+SAMPLING = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}  # what Qwen3's authors recommend
 BLOCK_SIZE = 64  # tokens; whole tiles of prefill, so that the copy engine fetches them
 Lengths = Sequence[tuple[int, int]]  # (prompt tokens, output tokens) of each request
 
@@ -97,6 +98,7 @@ class Bench:
     weight_bytes: int  # read by every step
     expert_bytes: int  # of all experts, of which a step reads the chosen ones
     next_id: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)  # of all requests; greedy when empty
 
     def requests(self, lengths: Lengths) -> list[Request]:
         """Requests of (prompt, output) lengths with random tokens."""
@@ -104,7 +106,7 @@ class Bench:
         for prompt, output in lengths:
             self.next_id += 1
             tokens = [random.randint(0, 10_000) for _ in range(prompt)]
-            params = SamplingParams(max_tokens=output, ignore_eos=True)
+            params = SamplingParams(max_tokens=output, ignore_eos=True, seed=self.next_id, **self.sampling)
             out.append(Request(f"r{self.next_id}", tokens, b"root", params))
         return out
 
@@ -295,6 +297,10 @@ def measure(name: str, copy_gb_s: float, matmul_tflops: float, quick: bool) -> d
         figures[f"tpot_ms_b{batch}"] = tpot_ms(bench.seconds, batch)
         bound_ms = bench.step_bytes(batch, 512 + 64) / copy_gb_s / 1e6
         figures[f"tpot_share_b{batch}"] = bound_ms / figures[f"tpot_ms_b{batch}"]
+    bench.sampling = SAMPLING
+    for batch in (1, 256):
+        figures[f"sampled_tpot_ms_b{batch}"] = tpot_ms(bench.seconds, batch)
+    bench.sampling = {}
     mix(bench, 1)
     figures["mix_tok_s"] = mix(bench, 0)
     for batch in (1, 8, 64, 256):

@@ -29,6 +29,7 @@ from kernels import (
     prefill_attention,
     quant,
     reference,
+    sampling,
 )
 
 DEVICES = ("cuda",)
@@ -232,6 +233,22 @@ def quantised(copy_gb_s: float, matmul_tflops: float, quick: bool) -> dict[str, 
     return figures
 
 
+def draws(copy_gb_s: float, quick: bool) -> dict[str, float]:
+    """Drawing against reading the logits once, vocabulary of Qwen3; the filters are those its authors recommend."""
+    figures: dict[str, float] = {}
+    kinds = {"temperature": {}, "filters": {"top_k": 20, "top_p": 0.95}}
+    for rows in (1, 64, 256):
+        logits = rand(rows, 151_936) * 3
+        latest, out = (torch.zeros(rows, dtype=torch.int32, device="cuda") for _ in range(2))
+        for kind, filters in kinds.items():
+            packed = sampling.pack([sampling.Draw(i, i, 7, temperature=0.6, **filters) for i in range(rows)])
+            on_device = torch.from_numpy(packed).cuda()
+            took = seconds(functools.partial(sampling.draw, logits, on_device, latest, latest, out), quick)
+            figures[f"draw_{kind}_b{rows}_us"] = took * 1e6
+            figures[f"draw_{kind}_b{rows}_share"] = logits.nbytes / took / 1e9 / copy_gb_s
+    return figures
+
+
 def run(quick: bool, device: str = "cuda") -> dict[str, float]:
     """All figures; empty without a CUDA device."""
     if not torch.cuda.is_available():
@@ -245,6 +262,7 @@ def run(quick: bool, device: str = "cuda") -> dict[str, float]:
     figures |= experts(figures["copy_gb_s"], figures["matmul_tflops"], quick)
     figures |= vector_products(figures["copy_gb_s"], quick)
     figures |= quantised(figures["copy_gb_s"], figures["matmul_tflops"], quick)
+    figures |= draws(figures["copy_gb_s"], quick)
     for name, value in figures.items():
         print(f"{name:42s} {value:12.5g}", file=sys.stderr)
     return figures

@@ -52,7 +52,7 @@ class OverlappedEngine(Engine):
         """Launch the next step and report the one before; empty when there was none."""
         chunks = self.scheduler.schedule()
         events: list[StepEvent] = []
-        if any(not chunk.request.params.is_plain_greedy for chunk in chunks):
+        if any(chunk.request.params.needs_host_logits for chunk in chunks):
             events = self._settle()
             chunks = [chunk for chunk in chunks if chunk.request.state is State.RUNNING]
         if not chunks:

@@ -3,8 +3,9 @@
 `launch` puts a step on the device and returns at once; `InFlight.wait` gives its tokens. Token ids stay on the device,
 so the next step may be launched before this one's tokens are known. `run` is both in a row: the engine's `Runner`.
 
-A running request owns a row (of `latest` and of the host's block tables) until it leaves the batch. Draws other than
-plain greedy are made by the same code as on the CPU, from logits copied there, so a sequence may change workers.
+A running request owns a row (of `latest` and of the host's block tables) until it leaves the batch. Graphs end with
+the plain greedy tokens; other draws follow in kernels of their own (`cuda_draws`) and are the CPU sampler's, so a
+sequence may change workers. Only where the host needs the logits are they copied there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from cloud.serving.backend import SampledToken
+from cloud.serving.cuda_draws import CudaDraws
 from cloud.serving.cuda_step import UNKNOWN_TOKEN, CudaStep, StepShape, padded_step
 from cloud.serving.kv_pool import KvPool
 from cloud.serving.models.decoder import Decoder
@@ -61,6 +63,25 @@ class InFlight:
         return out
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """Who gets a token in a step. Every step ends with the plain greedy tokens; others need one thing more."""
+
+    order: list[int]  # positions among the chunks
+    requests: list[Request]
+    rows: list[int]
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether some draw needs its logits on the host: then all are made there."""
+        return any(request.params.needs_host_logits for request in self.requests)
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether kernels draw beyond the plain greedy tokens."""
+        return not self.is_on_host and not all(request.params.is_plain_greedy for request in self.requests)
+
+
 @dataclass
 class _Row:
     index: int
@@ -80,6 +101,7 @@ class CudaRunner:
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.is_cuda else 4
         self._num_kv_heads = kv.layout.num_kv_heads
         self.step = CudaStep(decoder, kv, config.max_running + 1, 64, config.max_context_tokens)
+        self._draws = CudaDraws(self.step.latest, decoder.config.vocab_size)
         self._tables = np.zeros((config.max_running + 1, self.max_blocks), dtype=np.int32)
         self._row_by_request: dict[Request, _Row] = {}  # not by id: an id may come again
         self._free_rows = list(range(config.max_running))
@@ -132,6 +154,10 @@ class CudaRunner:
         chosen = set(decodes)
         prefills = [i for i in range(len(chunks)) if i not in chosen]
         sampled = decodes + [i for i in prefills if chunks[i].is_sampled]
+        requests = [chunks[i].request for i in sampled]
+        drawing = _Drawing(sampled, requests, [self._row(request) for request in requests])
+        if drawing.is_on_device:
+            self._draws.count(requests, drawing.rows)
         size = len(decodes)
         graph_size = None if prefills else next((g for g in sorted(self._graphs) if g >= size), None)
         if graph_size is not None:
@@ -144,24 +170,25 @@ class CudaRunner:
             flat = torch.empty(shape.size, dtype=torch.int32, device=self.device)
             self._copy_in(self._fill(chunks, decodes, prefills, sampled, shape), flat)
             drawn, logits = self.step.forward(flat, shape)
-        return self._collect(chunks, sampled, drawn, logits)
+        return self._collect(len(chunks), drawing, drawn, logits)
 
-    def _collect(self, chunks: Sequence[Chunk], sampled: list[int], drawn: Tensor, logits: Tensor) -> InFlight:
+    def _collect(self, num_chunks: int, drawing: _Drawing, drawn: Tensor, logits: Tensor) -> InFlight:
+        sampled, requests, rows = drawing.order, drawing.requests, drawing.rows
         count = len(sampled)
-        if any(not chunks[i].request.params.is_plain_greedy for i in sampled):
-            rows = [sampling_row(chunks[i].request) for i in sampled]
-            tokens = sample(logits[:count].float().cpu(), rows)
+        if drawing.is_on_host:
+            tokens = sample(logits[:count].float().cpu(), [sampling_row(request) for request in requests])
             ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int32, device=self.device)
-            where = [self._row_by_request[chunks[i].request].index for i in sampled]
-            self.step.latest[torch.tensor(where, device=self.device)] = ids
-            return InFlight(sampled, len(chunks), None, None, tokens)
+            self.step.latest[torch.tensor(rows, device=self.device)] = ids
+            return InFlight(sampled, num_chunks, None, None, tokens)
+        if drawing.is_on_device:
+            self._draws.draw(logits[:count], drawn[:count], requests, rows)
         if not self.is_cuda:
-            return InFlight(sampled, len(chunks), drawn.clone(), None)
+            return InFlight(sampled, num_chunks, drawn.clone(), None)
         host = torch.empty(count, dtype=torch.int32, pin_memory=True)
         host.copy_(drawn[:count], non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return InFlight(sampled, len(chunks), host, event)
+        return InFlight(sampled, num_chunks, host, event)
 
     def _shape(self, num_tokens: int, num_decodes: int, num_prefills: int, num_sampled: int) -> StepShape:
         splits = 1

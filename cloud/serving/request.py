@@ -82,6 +82,11 @@ class SamplingParams:
         return self.temperature == 0 and not self.has_penalties and self.num_logprobs is None and not self.json_schema
 
     @property
+    def needs_host_logits(self) -> bool:
+        """True when a draw depends on, or tells, more than a kernel knows: a schema, log probabilities."""
+        return self.num_logprobs is not None or bool(self.json_schema)
+
+    @property
     def has_penalties(self) -> bool:
         """True when earlier tokens change the logits."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1

@@ -1,19 +1,22 @@
 """Drawing tokens from logits, per request and reproducibly.
 
-Order: guide, penalties, temperature, min-p, top-k, top-p, draw. The draw is the largest of logit + Gumbel noise, where
-the noise comes from a generator seeded with (seed, output index): a sequence continued elsewhere draws the same.
+Order: guide, penalties, temperature, then the draw: the largest of logit + Gumbel noise among the tokens that min-p,
+top-k and top-p keep. Each filter looks at the whole distribution: a token stays when its probability is at least min-p
+of the best one's, fewer than top-k tokens are likelier, and the likelier ones together hold less than top-p. So what a
+token's own logit decides is decided for all less likely ones too, and no order of all tokens is needed. The noise is a
+function of (seed, output index, token): a sequence continued elsewhere, on a GPU too, draws the same.
 """
 
 from __future__ import annotations
 
-import hashlib
-import struct
+import math
 from collections.abc import Sequence
 
 import torch
 
 from cloud.serving.backend import SampledToken, SamplingRow, Tensor
 from cloud.serving.request import SamplingParams
+from kernels.noise import gumbel
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
@@ -32,7 +35,8 @@ def _sample_row(logits: Tensor, row: SamplingRow) -> SampledToken:
     if params.temperature == 0:
         token = int(adjusted.argmax())
     else:
-        token = int((_keep_likely(adjusted / params.temperature, params) + _gumbel(adjusted, row)).argmax())
+        noise = gumbel(params.seed, row.output_index, logits.shape[-1]).to(logits.device)
+        token = _draw(adjusted * (1 / params.temperature), noise, params)
     return _with_logprobs(token, logits, params.num_logprobs)
 
 
@@ -44,32 +48,26 @@ def _apply_penalties(logits: Tensor, row: SamplingRow) -> Tensor:
         seen = torch.tensor(sorted({*row.prompt_token_ids, *row.output_token_ids}), dtype=torch.int64)
         values = logits[seen]
         penalty = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        logits[seen] = torch.where(values > 0, values * (1 / penalty), values * penalty)
     if row.output_token_ids and (params.presence_penalty or params.frequency_penalty):
         seen, counts = torch.tensor(row.output_token_ids, dtype=torch.int64).unique(return_counts=True)
         logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
     return logits
 
 
-def _keep_likely(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Logits with everything outside min-p, top-k and top-p at minus infinity; the best token always stays."""
-    out = float("-inf")
-    if params.min_p > 0:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), out)
-    if 0 < params.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], out)
-    if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.index_fill(-1, order[before >= params.top_p], out)
-    return logits
-
-
-def _gumbel(logits: Tensor, row: SamplingRow) -> Tensor:
-    digest = hashlib.sha256(struct.pack("<QQ", row.params.seed, row.output_index)).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return -torch.empty(logits.shape[-1]).exponential_(generator=generator).log_().to(logits.device)
+def _draw(logits: Tensor, noise: Tensor, params: SamplingParams) -> int:
+    """The largest sum among the tokens kept; one that is not kept tells that all less likely ones are not either."""
+    masses = (logits - logits.max()).exp()
+    limit = params.top_p * masses.sum()
+    lowest = logits.max() + math.log(params.min_p) if params.min_p > 0 else -math.inf
+    sums = (logits + noise).masked_fill(logits < lowest, -math.inf)
+    while True:
+        token = int(sums.argmax())
+        likelier = logits > logits[token]
+        is_likely = params.top_p == 1 or masses[likelier].sum() < limit
+        if is_likely and not 0 < params.top_k <= likelier.sum():
+            return token
+        sums = sums.masked_fill(~likelier, -math.inf)
 
 
 def _with_logprobs(token: int, logits: Tensor, count: int | None) -> SampledToken:

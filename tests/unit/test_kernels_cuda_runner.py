@@ -147,11 +147,38 @@ def test_a_stop_token_found_one_step_late_ends_the_output_at_it():
     engine.scheduler.check_integrity()
 
 
-def test_seeded_sampling_draws_what_the_cpu_draws():
+def make_sampling_requests(num_tokens: int) -> list[Request]:
+    """Greedy ones, seeded ones and penalised ones in one batch; the last needs its logits on the host."""
+    kinds: list[dict[str, float]] = [
+        {"temperature": 0.8, "top_k": 20, "seed": 3, "presence_penalty": 0.5},
+        {"temperature": 1.3, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.3},
+        {},
+        {"frequency_penalty": 1.5},
+        {"temperature": 0.9, "min_p": 0.05, "seed": 9, "frequency_penalty": -1.0},
+    ]
+    requests = make_requests(num_tokens)
+    for request, params in zip(requests, kinds, strict=True):
+        request.params = dataclasses.replace(request.params, **params)
+    return requests
+
+
+@pytest.mark.parametrize("num_blocks", [40, 9])
+def test_seeded_sampling_draws_what_the_cpu_draws(num_blocks):
     model = {"has_qk_norm": True, "has_bias": False}
-    params = {"temperature": 0.8, "top_k": 20, "seed": 3, "presence_penalty": 0.5}
+    engine = on_device(num_blocks, overlapped=True, graphs=ON_GPU, **model)
+    assert engine.generate(make_sampling_requests(5)) == on_cpu(make_sampling_requests(5), **model)
+    assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 9)
+
+
+def test_counts_hold_where_some_draws_are_made_on_the_host():
+    def make() -> list[Request]:
+        requests = make_sampling_requests(6)
+        requests[2].params = dataclasses.replace(requests[2].params, num_logprobs=1, max_tokens=2)
+        return requests
+
+    model = {"has_qk_norm": True, "has_bias": False}
     engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
-    assert engine.generate(make_requests(2, **params)) == on_cpu(make_requests(2, **params), **model)
+    assert engine.generate(make()) == on_cpu(make(), **model)
 
 
 def test_a_request_id_that_comes_again_does_not_inherit_blocks():
