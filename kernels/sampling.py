@@ -2,8 +2,13 @@
 
 The draw is the largest of logit + noise among the tokens that the filters keep. All filters keep upper parts of the
 distribution, so a largest sum that is not kept rules out every token that is not likelier than it; the search goes on
-among the likelier ones. One pass finds the largest sum, one checks it, and more than two rounds are rare: a candidate
-fails about as often as the filters cut off probability. `cloud.serving.sampler` states the filters, `noise` the noise.
+among the likelier ones. `cloud.serving.sampler` states the filters, `noise` the noise. Four kernels:
+1. measure: the largest logit and the mass of each piece of a row (`BLOCK` columns);
+2. bound: the row's largest, its mass, and a logit below which nothing is kept: by min-p, and by the k-th largest of the
+   pieces' largest, as k tokens are at least that likely;
+3. scan: the largest sum of each four pieces, where one of them reaches the bound;
+4. settle: the row's largest sum is checked against top-k and top-p in the pieces that hold likelier tokens. A candidate
+   fails about as often as top-p cuts off probability, so more than one round is rare.
 
 Ids seen so far are counted per row on the device (`counts`, int32 [rows, vocab]: twice the number of times in the
 output, plus one where the prompt has the token), so nothing waits for the host to know the last token.
@@ -28,11 +33,12 @@ from torch import Tensor
 
 from kernels import noise
 
-BLOCK = 1024  # columns of each quarter that one program looks at
+BLOCK = 1024  # columns of a piece; a program looks at one piece of each quarter of the columns
 NUM_FIELDS = 16
 NO_COUNTS = -1
 _ROUNDS, _TINY, _UNIT = (tl.constexpr(v) for v in (noise.NUM_ROUNDS, noise.TINY, noise.UNIT))
 _BELOW_ONE = tl.constexpr(1 - 2.0**-24)
+_LOWEST = tl.constexpr(-3e38)
 
 
 @dataclass(frozen=True)
@@ -122,94 +128,135 @@ def _better(best, token, logit, sums, x, o, num_columns):
 
 
 @triton.jit
-def _best_above(p_logits, p_counts, p_draw, i_block, quarter, num_columns, floor, BLOCK: tl.constexpr):
-    """(largest sum, its column, its logit) in a block's four quarters among logits above `floor`."""
-    o = i_block * BLOCK + tl.arange(0, BLOCK)
-    inside = o < quarter
+def _best_between(p_logits, p_counts, p_draw, i_part, num_columns, floor, lowest, BLOCK: tl.constexpr):
+    """(largest sum, its column, its logit) in a part's four pieces among logits above `floor`, at least `lowest`."""
+    quarter = tl.cdiv(num_columns, 4)
+    o = i_part * BLOCK + tl.arange(0, BLOCK)
     best, token, logit = float("-inf"), num_columns, float("-inf")
     n0, n1, n2, n3 = _noise(p_draw, o)
     scale = _number(p_draw, 9)
     for q in tl.static_range(4):
         column = q * quarter + o
-        x = _logits(p_logits, p_counts, p_draw, column, inside & (column < num_columns))
+        x = _logits(p_logits, p_counts, p_draw, column, (o < quarter) & (column < num_columns))
         sums = x + scale * (n0 if q == 0 else (n1 if q == 1 else (n2 if q == 2 else n3)))
-        sums = tl.where(x > floor, sums, float("-inf"))
+        sums = tl.where((x > floor) & (x >= lowest), sums, float("-inf"))
         best, token, logit = _better(best, token, logit, sums, x, column, num_columns)
     return best, token, logit
 
 
 @triton.jit
-def _scan_kernel(
-    p_logits, p_counts, p_draws, p_parts, num_columns, stride, num_parts,
+def _measure_kernel(
+    p_logits, p_counts, p_draws, p_tops, p_masses, num_columns, stride, num_parts,
     BLOCK: tl.constexpr, NUM_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Per part of a row: the largest sum, its column and logit, the largest logit, and the mass in units of it."""
+    """Per piece: the largest logit, and the mass in units of it."""
     i_part, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p_draw = p_draws + i_row * NUM_FIELDS
     p_logits += i_row * stride
     p_counts += tl.maximum(tl.load(p_draw + 5), 0).to(tl.int64) * num_columns
     quarter = tl.cdiv(num_columns, 4)
-    best, token, logit = _best_above(p_logits, p_counts, p_draw, i_part, quarter, num_columns, float("-inf"), BLOCK)
     o = i_part * BLOCK + tl.arange(0, BLOCK)
-    top, mass = float("-inf"), 0.0
     for q in tl.static_range(4):
         column = q * quarter + o
         x = _logits(p_logits, p_counts, p_draw, column, (o < quarter) & (column < num_columns))
-        highest = tl.maximum(tl.maximum(top, tl.max(x, 0)), -3e38)
-        mass = mass * tl.exp(top - highest) + tl.sum(tl.exp(x - highest), 0)
-        top = highest
-    p_part = p_parts + (i_row * num_parts + i_part) * 5
-    tl.store(p_part, best)
-    tl.store(p_part + 1, token.to(tl.float32, bitcast=True))
-    tl.store(p_part + 2, logit)
-    tl.store(p_part + 3, top)
-    tl.store(p_part + 4, mass)
+        top = tl.maximum(tl.max(x, 0), _LOWEST)
+        piece = (i_row * num_parts + i_part) * 4 + q
+        tl.store(p_tops + piece, top)
+        tl.store(p_masses + piece, tl.sum(tl.exp(x - top), 0))
+
+
+@triton.jit
+def _bound_kernel(p_draws, p_tops, p_masses, p_rows, num_pieces, PIECES: tl.constexpr, NUM_FIELDS: tl.constexpr):
+    """Per row: the largest logit, the mass in units of it, and what a logit must reach at least."""
+    i_row = tl.program_id(0).to(tl.int64)
+    p_draw = p_draws + i_row * NUM_FIELDS
+    piece = tl.arange(0, PIECES)
+    m = piece < num_pieces
+    tops = tl.load(p_tops + i_row * num_pieces + piece, mask=m, other=_LOWEST)
+    top = tl.max(tops, 0)
+    mass = tl.sum(tl.load(p_masses + i_row * num_pieces + piece, mask=m, other=0.0) * tl.exp(tops - top), 0)
+    top_k = tl.load(p_draw + 3)
+    ordered = tl.sort(tops, descending=True)
+    kth = tl.max(tl.where(piece == top_k - 1, ordered, _LOWEST), 0)
+    lowest = tl.maximum(top + _number(p_draw, 11), kth)
+    slack = 1e-6 * tl.maximum(tl.abs(lowest), 1)  # what is rounded otherwise elsewhere still reaches it
+    tl.store(p_rows + i_row * 3, top)
+    tl.store(p_rows + i_row * 3 + 1, mass)
+    tl.store(p_rows + i_row * 3 + 2, lowest - slack)
+
+
+@triton.jit
+def _scan_kernel(
+    p_logits, p_counts, p_draws, p_tops, p_rows, p_sums, p_tokens, p_found, num_columns, stride, num_parts,
+    BLOCK: tl.constexpr, NUM_FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Per part, which is four pieces: the largest sum, its column and its logit."""
+    i_part, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p_draw = p_draws + i_row * NUM_FIELDS
+    p_logits += i_row * stride
+    p_counts += tl.maximum(tl.load(p_draw + 5), 0).to(tl.int64) * num_columns
+    part = i_row * num_parts + i_part
+    lowest = tl.load(p_rows + i_row * 3 + 2)
+    best, token, logit = float("-inf"), num_columns, float("-inf")
+    if tl.max(tl.load(p_tops + part * 4 + tl.arange(0, 4)), 0) >= lowest:
+        best, token, logit = _best_between(
+            p_logits, p_counts, p_draw, i_part, num_columns, float("-inf"), lowest, BLOCK
+        )
+    tl.store(p_sums + part, best)
+    tl.store(p_tokens + part, token)
+    tl.store(p_found + part, logit)
 
 
 @triton.jit
 def _settle_kernel(
-    p_logits, p_counts, p_draws, p_parts, p_latest, p_out, num_columns, stride, num_parts,
+    p_logits, p_counts, p_draws, p_tops, p_rows, p_sums, p_tokens, p_found, p_latest, p_out,
+    num_columns, stride, num_parts,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, NUM_FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """Join a row's parts, then check the largest sum and look among likelier tokens until the filters keep one."""
+    """Join a row's parts, check the largest sum, and look among likelier tokens until top-k and top-p keep one."""
     i_row = tl.program_id(0).to(tl.int64)
     p_draw = p_draws + i_row * NUM_FIELDS
     p_logits += i_row * stride
     p_counts += tl.maximum(tl.load(p_draw + 5), 0).to(tl.int64) * num_columns
+    p_tops += i_row * num_parts * 4
     quarter = tl.cdiv(num_columns, 4)
     part = tl.arange(0, PARTS)
     m = part < num_parts
-    p_part = p_parts + (i_row * num_parts + part) * 5
-    tops = tl.load(p_part + 3, mask=m, other=-3e38)
-    top = tl.max(tops, 0)
-    mass = tl.sum(tl.load(p_part + 4, mask=m, other=0.0) * tl.exp(tops - top), 0)
-    sums = tl.load(p_part, mask=m, other=float("-inf"))
-    columns = tl.load(p_part + 1, mask=m, other=0.0).to(tl.int32, bitcast=True)
-    best = tl.max(sums, 0)
-    token = tl.min(tl.where(m & (sums == best), columns, num_columns), 0)
-    logit = tl.max(tl.where(m & (columns == token), tl.load(p_part + 2, mask=m, other=float("-inf")), float("-inf")), 0)
+    sums = tl.load(p_sums + i_row * num_parts + part, mask=m, other=float("-inf"))
+    tokens = tl.load(p_tokens + i_row * num_parts + part, mask=m, other=num_columns)
+    found = tl.load(p_found + i_row * num_parts + part, mask=m, other=float("-inf"))
+    token = tl.min(tl.where(sums == tl.max(sums, 0), tokens, num_columns), 0)
+    logit = tl.max(tl.where(tokens == token, found, float("-inf")), 0)
 
+    piece = tl.arange(0, 4 * PARTS)
+    tops = tl.load(p_tops + piece, mask=piece < num_parts * 4, other=_LOWEST)
+    top, mass = tl.load(p_rows + i_row * 3), tl.load(p_rows + i_row * 3 + 1)
+    lowest = tl.load(p_rows + i_row * 3 + 2)
     top_k, top_p = tl.load(p_draw + 3), _number(p_draw, 10)
-    lowest = top + _number(p_draw, 11)
-    is_open = ((top_k > 0) | (top_p < 1) | (logit < lowest)) & (token < num_columns)
+    is_open = ((top_k > 0) | (top_p < 1)) & (logit < top)
     while is_open:
-        o = tl.arange(0, BLOCK)
-        likelier, above = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
-        for i_block in range(num_parts * 4):
-            column = i_block * BLOCK + o
-            x = _logits(p_logits, p_counts, p_draw, column, column < num_columns)
-            likelier += (x > logit).to(tl.int32)
-            above += tl.where(x > logit, tl.exp(x - top), 0.0)
-        is_kept = (tl.sum(above, 0) < top_p * mass) | (top_p >= 1)
-        is_kept = is_kept & ((tl.sum(likelier, 0) < top_k) | (top_k == 0)) & (logit >= lowest)
+        num_likelier, above = 0, 0.0
+        i_piece = tl.min(tl.where(tops > logit, piece, 4 * PARTS), 0)
+        while i_piece < num_parts * 4:
+            o = (i_piece // 4) * BLOCK + tl.arange(0, BLOCK)
+            column = (i_piece % 4) * quarter + o
+            x = _logits(p_logits, p_counts, p_draw, column, (o < quarter) & (column < num_columns))
+            num_likelier += tl.sum((x > logit).to(tl.int32), 0)
+            above += tl.sum(tl.where(x > logit, tl.exp(x - top), 0.0), 0)
+            i_piece = tl.min(tl.where((tops > logit) & (piece > i_piece), piece, 4 * PARTS), 0)
+        is_kept = ((above < top_p * mass) | (top_p >= 1)) & ((num_likelier < top_k) | (top_k == 0))
         is_open = is_kept == 0
         if is_open:
             floor, best, token, logit = logit, float("-inf"), num_columns, float("-inf")
-            for i_block in range(num_parts):
-                b, t, x_best = _best_above(p_logits, p_counts, p_draw, i_block, quarter, num_columns, floor, BLOCK)
+            holds = (tops > floor) & (tops >= lowest)
+            i_part = tl.min(tl.where(holds, piece, 4 * PARTS), 0) // 4
+            while i_part < num_parts:
+                b, t, x_best = _best_between(p_logits, p_counts, p_draw, i_part, num_columns, floor, lowest, BLOCK)
                 is_better = (b > best) | ((b == best) & (t < token))
                 best, token = tl.where(is_better, b, best), tl.where(is_better, t, token)
                 logit = tl.where(is_better, x_best, logit)
+                i_part = tl.min(tl.where(holds & (piece // 4 > i_part), piece, 4 * PARTS), 0) // 4
+            is_open = logit < top  # the largest is always kept
     token = tl.minimum(token, num_columns - 1)  # a row of nothing but NaN has no best
     tl.store(p_out + i_row, token)
     tl.store(p_latest + tl.load(p_draw + 4), token)
@@ -227,13 +274,24 @@ def draw(logits: Tensor, draws: Tensor, counts: Tensor, latest: Tensor, out: Ten
     if draws.shape != (num_rows, NUM_FIELDS) or out.shape != (num_rows,):
         raise ValueError(f"draws {tuple(draws.shape)} and out {tuple(out.shape)} do not fit {num_rows} rows of logits")
     num_parts = triton.cdiv(triton.cdiv(num_columns, 4), BLOCK)
-    parts: Any = torch.empty(num_rows, num_parts, 5, dtype=torch.float32, device=logits.device)
+    floats: Any = torch.empty(num_rows, 10 * num_parts + 3, dtype=torch.float32, device=logits.device).flatten()
+    sizes = [num_rows * n for n in (4 * num_parts, 4 * num_parts, num_parts, num_parts, 3)]
+    tops, masses, sums, found, rows = floats.split(sizes)
+    tokens = torch.empty(num_rows * num_parts, dtype=torch.int32, device=logits.device)
+    stride, parts = logits.stride(0), triton.next_power_of_2(num_parts)
+    _measure_kernel[(num_parts, num_rows)](
+        logits, counts, draws, tops, masses, num_columns, stride, num_parts,
+        BLOCK=BLOCK, NUM_FIELDS=NUM_FIELDS, num_warps=4,
+    )  # fmt: skip
+    _bound_kernel[(num_rows,)](
+        draws, tops, masses, rows, 4 * num_parts, PIECES=4 * parts, NUM_FIELDS=NUM_FIELDS, num_warps=4
+    )
     _scan_kernel[(num_parts, num_rows)](
-        logits, counts, draws, parts, num_columns, logits.stride(0), num_parts,
-        BLOCK=BLOCK, NUM_FIELDS=NUM_FIELDS, num_warps=8,
+        logits, counts, draws, tops, rows, sums, tokens, found, num_columns, stride, num_parts,
+        BLOCK=BLOCK, NUM_FIELDS=NUM_FIELDS, num_warps=4,
     )  # fmt: skip
     _settle_kernel[(num_rows,)](
-        logits, counts, draws, parts, latest, out, num_columns, logits.stride(0), num_parts,
-        PARTS=triton.next_power_of_2(num_parts), BLOCK=BLOCK, NUM_FIELDS=NUM_FIELDS, num_warps=8,
+        logits, counts, draws, tops, rows, sums, tokens, found, latest, out, num_columns, stride, num_parts,
+        PARTS=parts, BLOCK=BLOCK, NUM_FIELDS=NUM_FIELDS, num_warps=8,
     )  # fmt: skip
     return out
