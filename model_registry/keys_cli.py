@@ -19,6 +19,7 @@ from model_registry.login import ConnectionOptions
 from model_registry.trust import roles
 from model_registry.trust.desk import SigningDesk, Waiting
 from model_registry.trust.keys import create_key, decode_public_key, encode_public_key, load_key, tuf_key
+from wire.errors import NotFoundError
 
 Folder = Annotated[Path | None, typer.Option("--folder", help="Folder of keys [~/.config/foreshore/keys].")]
 KeyFiles = Annotated[list[Path] | None, typer.Option("--key", help="Key to sign with; else all in the folder.")]
@@ -183,6 +184,36 @@ def sign(
         return {"signed": signed, "begun": desk.begin_lists(), "waiting": _waiting(desk)}
 
     _run_at_desk(_options(context, url, token_file, as_json), folder, key, passphrase_file, work)
+
+
+@app.command("withdraw")
+def withdraw(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    version: Annotated[str, typer.Argument(help="Version of the release.")],
+    folder: Folder = None,
+    key: KeyFiles = None,
+    passphrase_file: PassphraseFile = None,
+    url: Url = None,
+    token_file: TokenFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a release off your publisher's list: no device installs it any longer; where it runs it goes on running.
+
+    Example: foreshore keys withdraw vision 1.2.0
+    """
+    options = _options(context, url, token_file, as_json)
+
+    def work(desk: SigningDesk, _place: Path, _secret: str | None) -> dict[str, Any]:
+        with command.login_of(options).connect() as client:
+            releases = client.get(f"models/{model}")["releases"]
+        digest = next((one["digest"] for one in releases if one["version"] == version), None)
+        if digest is None:
+            known = ", ".join(str(one["version"]) for one in releases) or "none"
+            raise NotFoundError(f"{model!r} has no release {version!r}", remedy=f"its releases: {known}")
+        return {"publisher": desk.withdraw(model, digest), "withdrawn": f"{model} {version}", "waiting": _waiting(desk)}
+
+    _run_at_desk(options, folder, key, passphrase_file, work)
 
 
 @app.command("list")

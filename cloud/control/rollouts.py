@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from cloud.control import audit, decisions, rollout
+from cloud.control import audit, decisions, rollout, trust
 from cloud.control.database import Database, announce
 from cloud.control.fleet import Fleet, is_member, members
 from cloud.control.identity import Principal, Role, new_id
@@ -57,6 +57,11 @@ class Rollouts:
             release = catalogue.get_release(session, order.release)
             if release.tenant != by.tenant:
                 raise NotFoundError(f"release {order.release[:12]} is not in the catalogue", remedy="foreshore models")
+            if trust.load(session, by.tenant).find_release(release.name, release.digest) is None:
+                raise ConflictError(
+                    f"no publisher lists {release.name} {release.version} any longer: no device would install it",
+                    remedy="roll out another release, or publish this one again",
+                )
             devices = sorted(members(session, by.tenant, order.group), key=lambda d: (not d.online, d.device_id))
             placed = place(self._blobs, release, devices)
             if start and order.approval is None:

@@ -162,11 +162,20 @@ class SigningDesk:
     def list_release(self, release: Listed) -> tuple[str, bytes]:
         """The next list of the publisher whose key this is, with one document more: role and signed bytes."""
         view = self._refreshed()
-        role = self._own_role(view.targets, release)
+        role = self._own_role(view.targets, release.name, release.digest)
         held = self._client.load_role(role)
         made = roles.with_release(held, release, self._now())
         keys, _ = roles.delegated_keys(view.targets, role)
         return role, self._signed(made, [key.keyid for key in keys])
+
+    def withdraw(self, name: str, digest: str) -> str:
+        """Hand in the publisher's next list without this release; devices install it no longer. Returns the role."""
+        view = self._refreshed()
+        role = self._own_role(view.targets, name, digest)
+        made = roles.without_release(self._client.load_role(role), roles.release_path(name, digest), self._now())
+        keys, _ = roles.delegated_keys(view.targets, role)
+        self._hand_in(role, made, [key.keyid for key in keys])
+        return role
 
     # signing what others made
 
@@ -227,15 +236,15 @@ class SigningDesk:
     def _targets(self) -> Metadata[Targets]:
         return read_metadata(Targets, self._client.read_local(Targets.type))
 
-    def _own_role(self, targets: Targets, release: Listed) -> str:
-        path = roles.release_path(release.name, release.digest)
+    def _own_role(self, targets: Targets, model: str, digest: str) -> str:
+        path = roles.release_path(model, digest)
         assert targets.delegations is not None
         for role, _ in targets.delegations.get_roles_for_target(path):
             keys, _threshold = roles.delegated_keys(targets, role)
             if self._ids() & {key.keyid for key in keys}:
                 return role
         raise SignatureError(
-            f"no publisher that may list {release.name!r} has this key",
+            f"no publisher that may list {model!r} has this key",
             remedy="an administrator adds it: foreshore keys add-publisher NAME --public-key KEY",
         )
 

@@ -35,7 +35,7 @@ from tuf.api.serialization.json import JSONSerializer
 from model_registry.manifest import EngineBuild, Release
 from model_registry.trust.keys import tuf_key, tuf_signer
 from model_registry.trust.trusted import SIGNED_AT
-from wire.errors import ConflictError, InvalidInputError
+from wire.errors import ConflictError, InvalidInputError, NotFoundError
 from wire.topics import check_name
 
 DIRECTOR = "director"
@@ -106,6 +106,14 @@ def with_release(metadata: Metadata[Targets], release: Listed, now: datetime) ->
     path = release_path(release.name, release.digest)
     listed = TargetFile(len(data), {"sha256": release.digest}, path, {"custom": dict(release.listing)})
     made.signed.targets[path] = listed
+    return made
+
+
+def without_release(metadata: Metadata[Targets], path: str, now: datetime) -> Metadata[Targets]:
+    """The next version of a publisher's role, listing this document no longer."""
+    made = renewed(metadata, now)
+    if made.signed.targets.pop(path, None) is None:
+        raise NotFoundError(f"{path} is not listed", remedy="foreshore models show NAME tells the releases and signers")
     return made
 
 

@@ -99,6 +99,25 @@ def test_a_bundle_holds_all_that_a_device_without_a_network_needs(
     assert written["size_bytes"] > len(payload) / 2
 
 
+def test_a_withdrawn_release_is_signed_by_nobody_and_not_rolled_out_again(
+    control: ControlProcess, run: Run, tmp_path: Path
+) -> None:
+    control.start()
+    first, second = (control.publish("vision", payload) for payload in (b"one" * 100, b"two" * 100))
+    path = tmp_path / "keys"
+    (control.home / "offline").rename(path)
+    versions = [one["version"] for one in control.ok("GET", "/models/vision")["releases"]]
+    done = run("keys", "withdraw", "vision", versions[-1], "--folder", path)
+    assert (done["publisher"], done["waiting"]) == ("tests", [])
+    signed = {one["digest"]: one["signed_by"] for one in control.ok("GET", "/models/vision")["releases"]}
+    assert signed[first["release"]] is None
+    assert signed[second["release"]]["publisher"] == "tests"
+    refused = control.call("POST", "/rollouts", {"release": first["release"], "start": True})
+    assert refused.status_code == 409
+    assert "no publisher lists vision" in refused.text
+    control.ok("POST", "/rollouts", {"release": second["release"], "start": True})
+
+
 def roles_of(run: Run) -> dict[str, int]:
     return {str(one["role"]): int(one["version"]) for one in run("keys", "list")["roles"]}
 
