@@ -4,6 +4,7 @@ CPU: SmolLM2-135M (and Qwen2.5-0.5B when its folder is in the cache) in bfloat16
 greedy decoding alone and eight at once. Both sides warm up, then take turns, and the best of `ROUNDS` counts: a clock
 that rises or a neighbour that comes meets both. Ratios above 1 mean that the engine is faster. Limit of decoding alone:
 memory bandwidth over the size of the weights, given as a share of the bandwidth measured by a large copy.
+Weights in 8 and 4 bits are figures of their own.
 OMP_NUM_THREADS sets the threads of all. vLLM runs where FORESHORE_VLLM_PYTHON names an interpreter that has it
 (`benchmarks/_vllm_peer.py`).
 """
@@ -70,18 +71,24 @@ def _measure(name: str, folder: Path, num_new: int) -> dict[str, float]:
             figures[f"{name}_{kind}_tok_s_{peer}"] = rate[kind]
             figures[f"ratio_vs_{peer}_{name}_{kind}"] = own[kind] / rate[kind]
             print(f"  {name} {kind}: {own[kind]:.1f} tok/s, {peer} {rate[kind]:.1f}", flush=True)
+    for bits in (8, 4):
+        packed, _ = _ours(folder, num_new, bits)
+        for kind in KINDS:
+            packed[kind]()
+            figures[f"{name}_int{bits}_{kind}_tok_s"] = max(packed[kind]() for _ in range(ROUNDS))
+            print(f"  {name} int{bits} {kind}: {figures[f'{name}_int{bits}_{kind}_tok_s']:.1f} tok/s", flush=True)
     figures[f"{name}_decode1_share_of_bandwidth"] = own["decode1"] * weight_bytes / _read_bandwidth()
     return figures
 
 
-def _ours(folder: Path, num_new: int) -> tuple[dict[str, Rate], int]:
+def _ours(folder: Path, num_new: int, weight_bits: int = 16) -> tuple[dict[str, Rate], int]:
     """By kind, what measures tokens per second once; and the bytes of the weights that a step reads."""
     from cloud.serving.engine import EngineConfig, build_engine
     from cloud.serving.request import Request, SamplingParams
     from cloud.serving.scheduler import SchedulerConfig
 
     limits = SchedulerConfig(max_batch_tokens=1024, max_chunk_tokens=PREFILL_TOKENS)
-    engine = build_engine(EngineConfig(folder, dtype="bfloat16", scheduler=limits))
+    engine = build_engine(EngineConfig(folder, dtype="bfloat16", scheduler=limits, weight_bits=weight_bits))
     params = SamplingParams(max_tokens=num_new, ignore_eos=True)
     counter = iter(range(1 << 30))
 
@@ -106,7 +113,7 @@ def _ours(folder: Path, num_new: int) -> tuple[dict[str, Rate], int]:
         engine.generate([request(PREFILL_TOKENS, SamplingParams(max_tokens=1, ignore_eos=True))])
         return PREFILL_TOKENS / (time.perf_counter() - began)
 
-    weights = sum(p.numel() * p.element_size() for p in _tensors(engine))
+    weights = sum(weight.nbytes for weight in _tensors(engine))
     return {"prefill": prefill, "decode1": lambda: decode(1), "decode8": lambda: decode(8)}, weights
 
 

@@ -65,8 +65,11 @@ class SampledToken:
 class Backend(Protocol):
     """Operations of a decoder-only transformer over a paged KV cache."""
 
-    def prepare_weight(self, weight: Tensor) -> Tensor:
-        """Bring a linear layer's weight [out, in] into the form that `linear` likes best; called once per weight."""
+    def prepare_weight(self, weight: Tensor, *, is_head: bool = False) -> Tensor:
+        """Bring a linear layer's weight [out, in] into the form that `linear` likes best; called once per weight.
+
+        The head's logits decide tokens: where weights are rounded, it keeps more bits.
+        """
         ...
 
     def plan(self, batch: Batch) -> Batch:

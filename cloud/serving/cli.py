@@ -29,6 +29,7 @@ def serve(
     port_file: Annotated[Path | None, typer.Option(help="Written once the worker accepts requests.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda needs the gpu extra.")] = "cpu",
+    weight_bits: Annotated[int, typer.Option(help="16, or round weights to 8 or 4 bits when loading them.")] = 16,
     threads: Annotated[int, typer.Option(help="CPU threads of the engine; 0 leaves it to torch.")] = 0,
     kv_blocks: Annotated[int, typer.Option(help="Blocks of the KV pool; 0 fits 1 GiB.")] = 0,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
@@ -64,7 +65,7 @@ def serve(
         max_waiting=max_waiting,
         max_context_tokens=max_context,
     )
-    engine = build_engine(EngineConfig(model, dtype, kv_blocks, block_size, limits, device))
+    engine = build_engine(EngineConfig(model, dtype, kv_blocks, block_size, limits, device, weight_bits))
     gc.collect()
     gc.freeze()  # what lives as long as the engine need not be looked at again between two tokens
     raise typer.Exit(asyncio.run(_run(engine, config, host, port, port_file, drain_s)))

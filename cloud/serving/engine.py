@@ -15,6 +15,7 @@ from cloud.serving.backend import SampledToken
 from cloud.serving.block_pool import BlockPool, chain_root
 from cloud.serving.guide import Guides
 from cloud.serving.kv_pool import KvLayout, KvPool
+from cloud.serving.packed_linear import BITS
 from cloud.serving.request import FinishReason, Request
 from cloud.serving.runner import EagerRunner, Runner
 from cloud.serving.scheduler import Scheduler, SchedulerConfig
@@ -37,6 +38,7 @@ class EngineConfig:
     block_size: int = 16  # on a GPU 64 is faster: whole tiles of prefill
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     device: str = "cpu"  # or "cuda"
+    weight_bits: int = 16  # 8 or 4: weights of products are rounded to that many bits when they are loaded
 
 
 @dataclass(frozen=True)
@@ -117,18 +119,24 @@ def build_engine(config: EngineConfig) -> Engine:
     is_gpu = config.device == "cuda"
     if config.device not in ("cpu", "cuda") or (is_gpu and not torch.cuda.is_available()):
         raise InvalidInputError(f"device {config.device!r} is not available", remedy="use cpu")
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if is_gpu else "float32"
+    if config.weight_bits not in (16, *BITS):
+        raise InvalidInputError(f"weight_bits is {config.weight_bits}", remedy="use 16, 8 or 4", param="weight_bits")
+    is_packed = config.weight_bits != 16
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if is_gpu or is_packed else "float32"
     if dtype not in _DTYPES:
         raise InvalidInputError(f"dtype {config.dtype!r} is unknown", remedy=f"auto, {', '.join(_DTYPES)}")
+    if is_packed and dtype != "bfloat16":
+        raise InvalidInputError(f"{config.weight_bits}-bit weights with dtype {dtype}", remedy="use bfloat16 or auto")
     model = load_config(config.model)
     layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
     max_context = min(config.scheduler.max_context_tokens, model.max_positions)
     limits = replace(config.scheduler, max_context_tokens=max_context)
-    decoder = load_decoder(config.model, model, TorchBackend(), getattr(torch, dtype), max_context, config.device)
+    backend = TorchBackend(weight_bits=config.weight_bits)
+    decoder = load_decoder(config.model, model, backend, getattr(torch, dtype), max_context, config.device)
     num_blocks = config.num_blocks or max(1, _pool_bytes(is_gpu) // layout.bytes_per_block)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, model.eos_token_ids)
     kv = KvPool(layout, num_blocks, config.device)
-    fingerprint = layout.fingerprint(model_digest(config.model))
+    fingerprint = layout.fingerprint(_weights_digest(config))
     guides = Guides(config.model, model.vocab_size, model.eos_token_ids)
     if not is_gpu:
         engine = Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)
@@ -142,6 +150,12 @@ def build_engine(config: EngineConfig) -> Engine:
     overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
     overlapped.guides = guides
     return overlapped
+
+
+def _weights_digest(config: EngineConfig) -> str:
+    """Names the weights as they are used: rounded ones give other keys and values."""
+    digest = model_digest(config.model)
+    return digest if config.weight_bits == 16 else f"{digest}-{config.weight_bits}"
 
 
 def _pool_bytes(is_gpu: bool) -> int:

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from cloud.serving.backend import Batch, SampledToken, SamplingRow, SequencePlan, Tensor
+from cloud.serving.packed_linear import PackedWeight, pack, packed_linear
 from cloud.serving.sampler import sample
 from cloud.serving.wide_linear import MIN_ROWS, is_half_slow, wide_linear
+from wire.errors import UnsupportedModelError
 
 
 @dataclass
@@ -27,14 +29,22 @@ class CpuBatch(Batch):
 
 
 class TorchBackend:
-    """`Backend` on torch CPU operators, float32 or bfloat16. `is_widening`: multiply many bfloat16 rows in float32."""
+    """`Backend` on torch CPU operators, float32 or bfloat16. `is_widening`: multiply many bfloat16 rows in float32.
 
-    def __init__(self, is_widening: bool | None = None) -> None:
+    `weight_bits` 8 or 4 keeps the weights of products in that many bits; activations must be bfloat16 then.
+    """
+
+    def __init__(self, is_widening: bool | None = None, weight_bits: int = 16) -> None:
         self.is_widening = is_half_slow() if is_widening is None else is_widening
+        self.weight_bits = weight_bits
 
-    def prepare_weight(self, weight: Tensor) -> Tensor:
-        """Contiguous rows are what torch's CPU matrix products read fastest."""
-        return weight.contiguous()
+    def prepare_weight(self, weight: Tensor, *, is_head: bool = False) -> Tensor:
+        """Contiguous rows are what torch's CPU products read fastest; or the packed form. A head keeps 8 bits."""
+        if self.weight_bits == 16:
+            return weight.contiguous()
+        if weight.dim() != 2:
+            raise UnsupportedModelError("the weights of experts cannot be packed", remedy="use --weight-bits 16")
+        return pack(weight, 8 if is_head else self.weight_bits)
 
     def plan(self, batch: Batch) -> CpuBatch:
         """Work out, once per step, how each context is read and which mask its new tokens need."""
@@ -46,6 +56,8 @@ class TorchBackend:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `Backend.linear`."""
+        if isinstance(weight, PackedWeight):
+            return packed_linear(x, weight, bias)
         if self._is_widened(x):
             return wide_linear(x, weight, bias)
         return F.linear(x, weight, bias)

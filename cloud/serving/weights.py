@@ -68,7 +68,7 @@ def _assemble(
         embedding=embedding,
         layers=[_layer(config, f"model.layers.{index}.", get, backend) for index in range(config.num_layers)],
         norm=get("model.norm.weight"),
-        head=backend.prepare_weight(embedding if head is None else head),
+        head=backend.prepare_weight(embedding if head is None else head, is_head=True),
     )
 
 
