@@ -28,18 +28,21 @@ def import_(
     from compiler.gguf_import import import_gguf
     from compiler.pt2_import import import_pt2
     from model_registry.sources import recognise
+    from wire.errors import InvalidInputError
 
-    if source.suffix == ".pt2":
+    found = recognise(source)
+    if found.format == "pt2":
         import_pt2(source, out)
-    else:
-        recognise(source)
+    elif found.format == "gguf":
         import_gguf(source, out)
+    else:
+        raise InvalidInputError(f"{source} needs no import ({found.summary})", remedy="compile or publish it as it is")
     typer.echo(f"wrote {out}")
 
 
 @app.command("compile", epilog="Example: foreshore compile model.onnx --targets all --out built/")
 def compile_(
-    source: Annotated[Path, typer.Argument(help="An ONNX or GGUF file or a Hugging Face style folder.")],
+    source: Annotated[Path, typer.Argument(help="An ONNX, GGUF or .pt2 file or a Hugging Face style folder.")],
     targets: Annotated[str, typer.Option(help="Names of targets, separated by commas, or: all.")],
     out: Annotated[Path, typer.Option(help="The folder to make, with one folder per target.")],
     recipe: Annotated[Path | None, typer.Option(help="A recipe (YAML).")] = None,

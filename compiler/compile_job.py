@@ -20,7 +20,7 @@ RUNTIME_OVERHEAD_BYTES = 96 << 20
 
 @dataclass(frozen=True)
 class CompileJob:
-    """What to compile: `source` is an ONNX or GGUF file or a Hugging Face style folder.
+    """What to compile: `source` is an ONNX, GGUF or torch.export file or a Hugging Face style folder.
 
     `data` (.npz, one array per input) are typical inputs of a tensor model, for calibration and gates.
     """
@@ -72,7 +72,7 @@ class BuiltModel:
 
 def fingerprint(job: CompileJob, path: Path, shop: Workshop, digest: str) -> str:
     """The model's name in keys. It is a function of the source's bytes, so those name the stage."""
-    source_format = "onnx" if job.source_format == "onnx" else "huggingface"
+    source_format = "onnx" if job.kind == "tensor" else "huggingface"  # what imports end as
 
     def build(to: Path) -> None:
         (to / "fingerprint.json").write_text(json.dumps(fingerprint_source(source_format, path).to_dict()))

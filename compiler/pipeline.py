@@ -25,6 +25,7 @@ from compiler.runtime_choice import choose_for_tensors
 from compiler.tensor_build import build_tensor_model
 from compiler.workshop import StageReport, Workshop, reproducibility_of
 from model_registry.manifest import Manifest, Requirements
+from model_registry.sources import KIND_BY_FORMAT
 from wire.errors import InvalidInputError
 
 TIMES_FILE = "times.json"
@@ -48,12 +49,11 @@ def compile_model(
 ) -> Artefact:
     """Compile `job` into the folder `out` (new). Raises `GateFailedError` or another `ForeshoreError`."""
     recipe = job.recipe.filled(job.target)
-    is_tensor = job.source_format == "onnx"
-    if is_tensor != (job.kind == "tensor"):
+    if KIND_BY_FORMAT[job.source_format] != job.kind:
         raise InvalidInputError(f"a {job.source_format} source is not a {job.kind} model", remedy="give the right kind")
     progress = Progress(_plan(job, recipe), StageTimes(cache.root / TIMES_FILE), size_bytes(job.source), report)
     shop = Workshop(cache, progress)
-    if is_tensor:
+    if job.kind == "tensor":
         model = build_tensor_model(job, recipe, shop, find_modelopt(environment))
     else:
         model = build_language_model(job, recipe, shop, report)
@@ -61,10 +61,12 @@ def compile_model(
 
 
 def _plan(job: CompileJob, recipe: Recipe) -> list[str]:
-    if job.source_format != "onnx":
-        return [*(["import"] if job.source_format == "gguf" else []), *_LANGUAGE_PLAN]
+    first = ["import"] if job.source_format in ("gguf", "pt2") else []
+    if job.kind == "language":
+        return [*first, *_LANGUAGE_PLAN]
     by_precision = {"fp32": [], "fp16": ["cast"], "int8": ["inputs", "calibrate", "quantise"], "fp8": ["quantise"]}
     return [
+        *first,
         *_TENSOR_PLAN,
         *by_precision[recipe.tensor.precision or "fp32"],
         *("measure", "inputs", "answers", "golden"),

@@ -30,10 +30,14 @@ def build_tensor_model(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt
     """The artefact's graph and golden set, its gates held. Raises `GateFailedError` with the figures."""
     from compiler.photographs import IMAGENET
 
-    name = fingerprint(job, job.source, shop, job.source_digest)
-    cleaned = tensor_stages.clean(shop, job.source, name)
+    path, digest = job.source, job.source_digest
+    if job.source_format == "pt2":
+        imported = tensor_stages.import_program(shop, path, digest)
+        path, digest = imported.path(tensor_stages.MODEL), imported.digest
+    name = fingerprint(job, path, shop, digest)
+    cleaned = tensor_stages.clean(shop, path, name)
     signature = Signature.from_dict(cleaned.read_json("signature.json"))
-    source = TensorSource(job.source, name, cleaned, signature, fit_vision(signature, job.vision, IMAGENET), job.data)
+    source = TensorSource(path, name, cleaned, signature, fit_vision(signature, job.vision, IMAGENET), job.data)
     given = tensor_stages.inputs(shop, source, "held-out", recipe.tensor.gate_crops if source.is_image_model else 8)
     expected = tensor_stages.answers(shop, source, given)
     built = _Candidates(job, recipe, shop, source, modelopt)
@@ -43,7 +47,7 @@ def build_tensor_model(job: CompileJob, recipe: Recipe, shop: Workshop, modelopt
         return tensor_stages.measure(shop, graph, given, expected, job.target.tensor_kernels, is_8_bit=is_8_bit)
 
     def judge(figures: Mapping[str, float], graph: Built) -> list[GateResult]:
-        gates = _judge_tensor(figures, graph, recipe, size_bytes(job.source))
+        gates = _judge_tensor(figures, graph, recipe, size_bytes(path))
         tried.append(
             Tried(_label(built.precision, figures), graph.path(tensor_stages.MODEL).stat().st_size, tuple(gates))
         )

@@ -60,6 +60,18 @@ class TensorSource:
         return self.data is not None or self.is_image_model
 
 
+def import_program(shop: Workshop, path: Path, source_digest: str) -> Built:
+    """The torch.export program as an ONNX file."""
+
+    def build(to: Path) -> None:
+        from compiler import pt2_import
+
+        pt2_import.import_pt2(path, to / MODEL)
+
+    tools = ("onnx", "onnxscript", "torch")
+    return shop.run(Stage("import", {"source": source_digest}, tools, build), "turning the program into ONNX")
+
+
 def clean(shop: Workshop, path: Path, fingerprint: str) -> Built:
     """The checked, simplified graph and what it takes and gives."""
 

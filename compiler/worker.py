@@ -29,7 +29,7 @@ from compiler.targets import parse_target
 from model_registry.chunking import describe_folder
 from model_registry.client import Lease
 from model_registry.manifest import ArtefactFile, Manifest, parse_manifest
-from model_registry.sources import SourceFile, source_digest
+from model_registry.sources import KIND_BY_FORMAT, SourceFile, source_digest
 from wire.errors import (
     ConflictError,
     ForeshoreError,
@@ -44,7 +44,6 @@ JOB_TIMEOUT_S = 3600.0
 LOG_TAIL_BYTES = 8000
 MAX_SOURCE_BYTES = 64 << 30
 MAX_RETRY_S = 30.0
-_FORMATS = ("onnx", "huggingface", "gguf")
 
 
 class Control(Protocol):
@@ -151,7 +150,7 @@ class Worker:
             raise InvalidInputError(
                 f"the job's description lacks {error}", remedy="update the control plane"
             ) from error
-        if source_format not in _FORMATS or not files or sum(f.size_bytes for f in files) > MAX_SOURCE_BYTES:
+        if source_format not in KIND_BY_FORMAT or not files or sum(f.size_bytes for f in files) > MAX_SOURCE_BYTES:
             raise InvalidInputError(
                 f"the job's source is a {source_format!r} of {len(files)} files", remedy="publish again"
             )

@@ -3,12 +3,14 @@
 An archive may hold pickles in three places (weights and constants marked `use_pickle`, script objects, the sample
 inputs) and native code (AOTInductor's libraries). Everything but the sample inputs is refused; those are never read:
 `write_plain` makes the copy without them that the importer opens. Operators outside PyTorch's own are refused by name.
+Sizes (of the file, its list of entries, its graph) are limited before anything is parsed, and entries may not overlap.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from typing import Any
 
 from wire.errors import UnsupportedModelError
 
+MAX_BYTES = 2 << 30  # an ONNX file in one piece, which it becomes, holds no more
+MAX_DIRECTORY_BYTES = 16 << 20
 MAX_ENTRIES = 100_000
 MAX_GRAPH_BYTES = 256 << 20
 NAMESPACES = ("aten", "prims", "higher_order")
@@ -24,6 +28,8 @@ _MODEL = "models/model.json"
 _WEIGHTS = "data/weights/model_weights_config.json"
 _CONSTANTS = "data/constants/model_constants_config.json"
 _SAMPLES = "data/sample_inputs/model.pt"
+_ZIP_START = b"PK\x03\x04"
+_END_BYTES = (1 << 16) + 22 + 20
 _KNOWN = re.compile(
     r"data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder|version"
     r"|\.data/[a-z_]+|\.format_version|\.storage_alignment|extra/[\w.]+"
@@ -38,9 +44,23 @@ class Pt2Layout:
     num_weights: int
 
 
+def is_pt2(path: Path) -> bool:
+    """Whether the file is a zip archive that says it holds an exported program, whatever its name."""
+    try:
+        _refuse_large(path)
+        with path.open("rb") as file:
+            if file.read(len(_ZIP_START)) != _ZIP_START:
+                return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == _MODEL for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
 def read_pt2(path: Path) -> Pt2Layout:
     """Check the archive at `path`. Raises `UnsupportedModelError` with the reason for all that is not plain data."""
     try:
+        _refuse_large(path)
         with zipfile.ZipFile(path) as archive:
             names = _names(archive, path)
             weights = _plain_payloads(archive, names, _WEIGHTS)
@@ -63,8 +83,40 @@ def write_plain(source: Path, out: Path) -> None:
     read_pt2(source)
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as copy:
         for info in archive.infolist():
-            is_sample = info.filename.endswith(_SAMPLES)
-            copy.writestr(info.filename, b"" if is_sample else archive.read(info))
+            if info.filename.endswith(_SAMPLES):
+                copy.writestr(info.filename, b"")
+            else:
+                with archive.open(info) as entry, copy.open(info.filename, "w", force_zip64=True) as target:
+                    shutil.copyfileobj(entry, target)
+
+
+def _refuse_large(path: Path) -> None:
+    """Raise `ValueError` unless the file and its list of entries are of a size that may be parsed."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size} bytes, at most {MAX_BYTES} are read")
+    directory_bytes = _directory_bytes(path, size)
+    if directory_bytes > MAX_DIRECTORY_BYTES:
+        raise ValueError(f"its list of entries has {directory_bytes} bytes, at most {MAX_DIRECTORY_BYTES} are read")
+
+
+def _directory_bytes(path: Path, size: int) -> int:
+    """Bytes of the zip's central directory and all behind it, at most: from where the end records say it starts.
+
+    (APPNOTE 4.3.14 to 4.3.16: end record `PK 5 6`, before it the locator `PK 6 7` of the 64-bit record `PK 6 6`.)
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, size - _END_BYTES))
+        tail = file.read(_END_BYTES)
+        place = tail.rfind(b"PK\x05\x06")
+        if place < 0 or place + 22 > len(tail):
+            raise ValueError("it has no end record")
+        directory_bytes = int.from_bytes(tail[place + 12 : place + 16], "little")
+        locator = tail[max(0, place - 20) : place]
+        if locator.startswith(b"PK\x06\x07"):
+            file.seek(min(size, int.from_bytes(locator[8:16], "little")))
+            directory_bytes = max(directory_bytes % 0xFFFFFFFF, int.from_bytes(file.read(56)[40:48], "little"))
+    return directory_bytes
 
 
 def _names(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
@@ -73,6 +125,8 @@ def _names(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     infos = archive.infolist()
     if len(infos) > MAX_ENTRIES:
         raise ValueError(f"{len(infos)} entries")
+    if sum(info.file_size for info in infos) > path.stat().st_size:
+        raise ValueError("its entries overlap")
     for info in infos:
         name = info.filename.partition("/")[2]
         if name in found or info.compress_type != zipfile.ZIP_STORED:

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 def publish(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(help="ONNX file, Hugging Face style folder, or GGUF file.")],
+    path: Annotated[Path, typer.Argument(help="ONNX, GGUF or torch.export (.pt2) file, or Hugging Face style folder.")],
     name: Annotated[str, typer.Option(help="Model name: lower-case letters, digits, hyphens.")],
     targets: Annotated[str, typer.Option(help="Comma-separated, for example cpu-x86,jetson-orin.")],
     version: Annotated[str | None, typer.Option(help="Version; else the control plane counts.")] = None,

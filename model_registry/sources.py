@@ -1,28 +1,33 @@
 """What may be published: a path is recognised and checked before a byte of it is stored.
 
 Accepted: an ONNX file with its external data, a folder as Hugging Face lays it out (config.json, safetensors,
-tokenizer), a GGUF file. Refused with a reason: pickles in any wrapping, models that bring their own code, truncated or
-incomplete files. Only structure is read; nothing is executed, and neither onnx nor torch is needed.
+tokenizer), a GGUF file, a torch.export archive. Refused with a reason: pickles in any wrapping, models that bring
+their own code, truncated or incomplete files. Only structure is read; nothing is executed, and neither onnx nor torch
+is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from model_registry.blobs import file_pieces
 from model_registry.gguf_layout import read_gguf
 from model_registry.manifest import Kind, canonical_bytes, sha256
 from model_registry.onnx_layout import OnnxLayout, read_onnx
-from model_registry.pt2_layout import read_pt2
+from model_registry.pt2_layout import is_pt2, read_pt2
 from model_registry.safetensors_layout import read_safetensors
 from wire.errors import IntegrityError, UnsupportedModelError
 
-Format = Literal["onnx", "huggingface", "gguf"]
+Format = Literal["onnx", "huggingface", "gguf", "pt2"]
+KIND_BY_FORMAT: Mapping[str, Kind] = MappingProxyType(
+    {"onnx": "tensor", "huggingface": "language", "gguf": "language", "pt2": "tensor"}
+)
 MAX_JSON_BYTES = 64 << 20
 MAX_FILES = 500
 
@@ -71,7 +76,9 @@ def source_digest(source_format: str, files: tuple[SourceFile, ...] | list[Sourc
 def recognise(path: Path) -> Source:
     """Check `path` and say what it is; raise `UnsupportedModelError` with the reason and what to do."""
     if not path.exists():
-        raise UnsupportedModelError(f"{path} does not exist", remedy="give an ONNX file, a model folder or a GGUF file")
+        raise UnsupportedModelError(
+            f"{path} does not exist", remedy="give an ONNX, GGUF or .pt2 file or a model folder"
+        )
     if path.is_dir():
         return _recognise_folder(path)
     start = _first_bytes(path)
@@ -79,11 +86,8 @@ def recognise(path: Path) -> Source:
         raise UnsupportedModelError(f"{path.name} is empty", remedy="download or export it again")
     if start.startswith(b"GGUF"):
         return _recognise_gguf(path)
-    if path.suffix == ".pt2" and start.startswith(b"PK\x03\x04"):
-        read_pt2(path)
-        raise UnsupportedModelError(
-            f"{path.name} is a torch.export program", remedy=f"foreshore import {path.name} --out model.onnx, then that"
-        )
+    if is_pt2(path):
+        return _recognise_pt2(path)
     _refuse_pickle(path, start)
     if path.suffix == ".onnx":
         return _recognise_onnx(path)
@@ -95,7 +99,7 @@ def recognise(path: Path) -> Source:
         )
     raise UnsupportedModelError(
         f"{path.name} is of no format that can be published",
-        remedy="give an ONNX file, a folder with config.json and safetensors, or a GGUF file",
+        remedy="give an ONNX, GGUF or .pt2 file, or a folder with config.json and safetensors",
     )
 
 
@@ -131,6 +135,12 @@ def _recognise_gguf(path: Path) -> Source:
         raise UnsupportedModelError(f"{path.name} is one part of several", remedy="merge them with gguf-split")
     summary = f"GGUF {layout.version}, {layout.architecture}, {len(layout.spans)} tensors"
     return Source("gguf", "language", path.parent, (_file(path, path.parent),), summary)
+
+
+def _recognise_pt2(path: Path) -> Source:
+    layout = read_pt2(path)
+    summary = f"torch.export program, {len(layout.operators)} kinds of operators, {layout.num_weights} weights"
+    return Source("pt2", KIND_BY_FORMAT["pt2"], path.parent, (_file(path, path.parent),), summary)
 
 
 def _recognise_onnx(path: Path) -> Source:

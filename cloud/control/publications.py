@@ -35,7 +35,7 @@ from model_registry.manifest import (
     parse_manifest,
     parse_release,
 )
-from model_registry.sources import SourceFile, source_digest
+from model_registry.sources import KIND_BY_FORMAT, SourceFile, source_digest
 from model_registry.trust.repository import Repository
 from model_registry.trust.roles import release_path
 from wire.errors import ConflictError, ForeshoreError, IntegrityError, InvalidInputError, NotFoundError
@@ -95,7 +95,7 @@ class Publications:
                 publication_id=new_id("pub"), tenant=by.tenant, name=order.name, model_version=order.version,
                 state="compiling", reason="", created_by=by.subject, created_at=now, updated_at=now,
                 order={
-                    "kind": order.kind or ("tensor" if order.source_format == "onnx" else "language"),
+                    "kind": order.kind or KIND_BY_FORMAT[order.source_format],
                     "licence": order.licence, "source": source, "targets": list(targets),
                 },
             )  # fmt: skip

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from cloud.control.api.base import Body, Cursor, Limit, Plane, Publisher, Viewer, Worker, decoded, page
 from cloud.control.api.records import stream_events
 from cloud.control.publications import PublicationOrder
-from model_registry.sources import SourceFile
+from model_registry.sources import Format, SourceFile
 from wire.messages import Digest, Name
 
 router = APIRouter()
@@ -34,7 +34,7 @@ class SourceFileBody(Body):
 class SourceBody(Body):
     """What is to be compiled."""
 
-    format: Literal["onnx", "huggingface", "gguf"]
+    format: Format
     files: Annotated[list[SourceFileBody], Field(min_length=1, max_length=1000)]
 
 
