@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compiler import language_stages
+from compiler.block_size import DEFAULT as BLOCK
+from compiler.block_size import fit_blocks
 from compiler.cache import Built
 from compiler.compile_job import RUNTIME_OVERHEAD_BYTES, BuiltModel, CompileJob, Tried, fingerprint, size_bytes
 from compiler.gates import budget_gates, gate, language_gates, require_all
@@ -34,8 +36,12 @@ def build_language_model(job: CompileJob, recipe: Recipe, shop: Workshop, report
     name = fingerprint(job, source, shop, digest)
     language = recipe.language
     precision, provider = language.precision or "fp32", job.target.language.provider
-    built = language_stages.build_genai(shop, source, name, precision, provider, builder_options(language))
+    asked = builder_options(language)
+    options = fit_blocks(asked, source)
+    built = language_stages.build_genai(shop, source, name, precision, provider, options)
     notes = language_notes(job.recipe, shop, source, name, precision, provider, built)
+    if options != asked:
+        notes = (*notes, f"blocks of {options['block_size']} weights: in blocks of {BLOCK} a row has an odd number")
     reference = language_stages.source_logits(shop, source, name, language.gate_tokens)
     candidates = LanguageCandidates(shop, source, name, language, provider, built)
     tried: list[Tried] = []

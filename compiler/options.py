@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compiler.block_size import fit_blocks
 from compiler.cache import Built
 from compiler.recipe import LanguageRecipe, Recipe
 from compiler.workshop import Workshop
@@ -64,7 +65,8 @@ def language_notes(
             notes.append(f"language.builder_options.{name}: no effect on {precision}")
             continue
         others: Mapping[Any, Any] = {key: value for key, value in language.builder_options.items() if key != name}
-        options = builder_options(language.model_copy(update={"precision": precision, "builder_options": others}))
+        asked = builder_options(language.model_copy(update={"precision": precision, "builder_options": others}))
+        options = fit_blocks(asked, source)
         without = language_stages.build_genai(shop, source, fingerprint, precision, provider, options)
         if without.files == built.files:
             notes.append(f"language.builder_options.{name}: no effect, the same bytes come out without it")

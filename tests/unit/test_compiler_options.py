@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from typer.testing import CliRunner
 
+from compiler.block_size import fit_blocks
 from compiler.cache import BuildCache
 from compiler.cli import app
 from compiler.gguf_import import import_gguf
@@ -23,7 +25,7 @@ from compiler.targets import load_target
 from compiler.workshop import Workshop
 from tests.fakes.compiler_models import write_classifier, write_llama_gguf
 from tests.unit.test_compiler_pipeline import LENIENT, _job
-from wire.errors import InvalidInputError
+from wire.errors import InvalidInputError, UnsupportedModelError
 
 OPTIONS_THAT_SHAPE: dict[str, tuple[str, Any]] = {
     "precision": ("cpu-x86", "fp16"),
@@ -107,12 +109,56 @@ def test_builder_options_are_proven_by_building_without_them(tmp_path: Path) -> 
     cache = BuildCache(tmp_path / "cache")
     shop = Workshop(cache, Progress([], StageTimes(tmp_path / "times.json"), 1, lambda *event: None))
     options = {"accuracy_level": 4} | ({"block_size": 16} if EVERYTHING else {})
-    recipe = parse_recipe({"language": {"builder_options": options}})
+    algorithm = "default" if EVERYTHING else "k_quant"  # which cannot take the 96 / 32 blocks of this model
+    recipe = parse_recipe({"language": {"builder_options": options, "algorithm": algorithm}})
     language = recipe.filled(load_target("cpu-x86")).language
-    built = build_genai(shop, source, "f", "int4", "cpu", builder_options(language))
+    built = build_genai(shop, source, "f", "int4", "cpu", fit_blocks(builder_options(language), source))
     notes = language_notes(recipe, shop, source, "f", "int4", "cpu", built)
     assert not any("block_size" in note for note in notes)
     assert any("accuracy_level: no effect" in note for note in notes), notes  # 4 is what it takes for CPUs anyway
+    if not EVERYTHING:
+        assert _block_sizes(built.path("model/model.onnx")) == {16}
+
+
+def _block_sizes(path: Path) -> set[int]:
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    found = [node.attribute for node in nodes if node.op_type == "MatMulNBits"]
+    return {one.i for attributes in found for one in attributes if one.name == "block_size"}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "options", "expected"),
+    [
+        (64, 128, {"algo_config": "k_quant"}, None),
+        (64, 96, {"algo_config": "k_quant"}, 16),
+        (96, 128, {"algo_config": "k_quant_mixed"}, 16),
+        (192, 144, {"algo_config": "k_quant"}, 128),  # blocks of 32: the fifth is half full, of 16: nine, of 64: three
+        (64, 96, {"algo_config": "rtn"}, None),
+        (64, 96, {"algo_config": "rtn", "is_symmetric": False}, 16),
+        (64, 96, {}, None),
+        (64, 96, {"algo_config": "k_quant", "block_size": 16}, 16),
+    ],
+)
+def test_rows_have_an_even_number_of_blocks_where_zero_points_are_packed(
+    tmp_path: Path, hidden: int, inner: int, options: dict[str, Any], expected: int | None
+) -> None:
+    _write_config(tmp_path, hidden, inner)
+    assert fit_blocks(options, tmp_path).get("block_size") == expected
+
+
+def test_blocks_that_cannot_be_packed_are_refused_with_a_size_that_can(tmp_path: Path) -> None:
+    _write_config(tmp_path, 64, 96)
+    with pytest.raises(InvalidInputError, match=r"intermediate_size = 96.*odd.*32") as refused:
+        fit_blocks({"algo_config": "k_quant", "block_size": 32}, tmp_path)
+    assert "block_size: 16" in refused.value.remedy
+    _write_config(tmp_path, 16, 100)
+    with pytest.raises(UnsupportedModelError, match="hidden_size = 16"):
+        fit_blocks({"algo_config": "k_quant"}, tmp_path)
+
+
+def _write_config(folder: Path, hidden: int, inner: int) -> None:
+    config = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 4, "head_dim": hidden // 4}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_one_failing_target_does_not_end_the_others(tmp_path: Path, cache: BuildCache) -> None:
