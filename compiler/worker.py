@@ -1,9 +1,9 @@
 """The compile worker: leases jobs from a control plane and runs each in a process of its own.
 
-Rules, in order. The source is fetched and verified before a process starts. While the process runs, a heartbeat goes
-out every second; a cancelled or lost job is ended with its whole process group and its files at once. A process that
-crashes is a failed job with the tail of its log, never the end of the worker. The artefact is uploaded before the job
-is called complete. A worker that is killed says nothing: its lease runs out and the job is leased again.
+Rules, in order. The source is fetched and verified before a process starts. From the lease on, a heartbeat goes out
+every second; a cancelled or lost job is ended with its whole process group, transfers and files at once. A process
+that crashes is a failed job with the tail of its log, never the end of the worker. The artefact is uploaded before the
+job is called complete. A worker that is killed says nothing: its lease runs out and the job is leased again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from compiler.cache import BuildCache
 from compiler.targets import parse_target
 from model_registry.chunking import describe_folder
-from model_registry.client import Lease
+from model_registry.client import Lease, OnBytes
 from model_registry.manifest import ArtefactFile, Manifest, parse_manifest
 from model_registry.sources import KIND_BY_FORMAT, SourceFile, source_digest
 from wire.errors import (
@@ -63,10 +63,10 @@ class Control(Protocol):
     def fail_job(self, lease: Lease, *, code: str, reason: str, log: str) -> None:
         """The job has failed."""
 
-    def download_blob(self, digest: str, path: Path, *, max_bytes: int) -> int:
+    def download_blob(self, digest: str, path: Path, *, max_bytes: int, on_bytes: OnBytes) -> int:
         """Fetch and verify a blob into a file."""
 
-    def upload_artefact(self, root: Path, files: Any, manifest: Manifest) -> str:
+    def upload_artefact(self, root: Path, files: Any, manifest: Manifest, on_bytes: OnBytes) -> str:
         """Store chunks and manifest."""
 
 
@@ -134,7 +134,8 @@ class Worker:
             result = self._run_process(request, folder, log, progress, heart)
             manifest = parse_manifest(Path(result["manifest"]).read_bytes())
             progress.stage, progress.message = "upload", "storing the artefact"
-            digest = self._control.upload_artefact(Path(request["out"]), _files(request, manifest), manifest)
+            files = _files(request, manifest)
+            digest = self._control.upload_artefact(Path(request["out"]), files, manifest, heart.check)
             heart.check()
         self._control.complete_job(lease, digest, stages=result["stages"])
 
@@ -161,10 +162,10 @@ class Worker:
             if not path.is_relative_to(folder / "source"):
                 raise InvalidInputError(f"source path {file.path!r} leaves its folder", remedy="publish again")
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._control.download_blob(file.digest, path, max_bytes=file.size_bytes)
+            self._control.download_blob(file.digest, path, max_bytes=file.size_bytes, on_bytes=heart.check)
             heart.check()
         if golden:
-            self._control.download_blob(golden, folder / "golden.npz", max_bytes=256 << 20)
+            self._control.download_blob(golden, folder / "golden.npz", max_bytes=256 << 20, on_bytes=heart.check)
         is_folder = source_format == "huggingface"
         main = next((f.path for f in files if f.path.endswith((".onnx", ".gguf"))), files[0].path)
         return request | {
@@ -222,8 +223,8 @@ class _Heart:
         self._stop.set()
         self._thread.join(timeout=30)
 
-    def check(self) -> None:
-        """Raise when the job is to end."""
+    def check(self, num_bytes: int = 0) -> None:
+        """Raise when the job is to end; asked between pieces of what is fetched or stored, too."""
         if self.cancelled.is_set():
             raise _Cancelled
 

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import ssl
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,13 @@ from wire.errors import IntegrityError, NotFoundError, TooLargeError, Unavailabl
 from wire.frames import MAX_CHUNK_BYTES
 
 LEASE_WAIT_S = 20.0
+
+OnBytes = Callable[[int], None]
+"""Hears of each piece of a transfer that is done, with its size; what it raises ends the transfer."""
+
+
+def _ignore(num_bytes: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class ControlClient:
         data = self.transport.fetch("GET", f"blobs/{check_digest(digest)}", max_bytes=MAX_MANIFEST_BYTES)
         return parse_manifest(data, expected_digest=digest)
 
-    def download_blob(self, digest: str, path: Path, *, max_bytes: int) -> int:
+    def download_blob(self, digest: str, path: Path, *, max_bytes: int, on_bytes: OnBytes = _ignore) -> int:
         """Write the blob to `path`, verified; what arrived before a break is kept and the rest asked for.
 
         Returns the size. `path` exists afterwards only if every byte is right.
@@ -184,7 +191,7 @@ class ControlClient:
         try:
             for attempt in range(MAX_TRIES):
                 try:
-                    self._download_rest(digest, part, max_bytes)
+                    self._download_rest(digest, part, max_bytes, on_bytes)
                     break
                 except UnavailableError:
                     if attempt == MAX_TRIES - 1:
@@ -196,7 +203,7 @@ class ControlClient:
         finally:
             part.unlink(missing_ok=True)
 
-    def _download_rest(self, digest: str, part: Path, max_bytes: int) -> None:
+    def _download_rest(self, digest: str, part: Path, max_bytes: int, on_bytes: OnBytes) -> None:
         held = part.stat().st_size if part.exists() else 0
         headers = {"range": f"bytes={held}-"} if held else {}
         size = held
@@ -206,19 +213,23 @@ class ControlClient:
                 if size > max_bytes:
                     raise IntegrityError(f"blob {digest[:12]} has over {max_bytes} bytes", remedy="publish it again")
                 file.write(piece)
+                on_bytes(len(piece))
 
-    def upload_artefact(self, root: Path, files: Sequence[ArtefactFile], manifest: Manifest) -> str:
+    def upload_artefact(
+        self, root: Path, files: Sequence[ArtefactFile], manifest: Manifest, on_bytes: OnBytes = _ignore
+    ) -> str:
         """Store the chunks that are missing, then the manifest; return the manifest's digest."""
         for file in files:
-            self._upload_chunks(root / file.path, file)
+            self._upload_chunks(root / file.path, file, on_bytes)
         return self.put_blob(manifest.to_bytes())
 
-    def _upload_chunks(self, path: Path, file: ArtefactFile) -> None:
+    def _upload_chunks(self, path: Path, file: ArtefactFile, on_bytes: OnBytes) -> None:
         with path.open("rb") as stream:
             for chunk in file.chunks:
                 data = stream.read(chunk.size_bytes)
                 if self.put_blob(data) != chunk.digest:
                     raise IntegrityError(f"{file.path} changed while it was uploaded", remedy="build it again")
+                on_bytes(len(data))
 
     # publications
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from compiler.targets import load_target
 from compiler.worker import Worker
-from model_registry.client import Lease
+from model_registry.client import Lease, OnBytes
 from model_registry.manifest import Manifest
 from model_registry.sources import hash_source, recognise, source_digest
 from wire.process import replace_durably
@@ -60,12 +60,13 @@ class FolderControl:
     def fail_job(self, lease: Lease, *, code: str, reason: str, log: str) -> None:
         self.failed = {"code": code, "reason": reason, "log": log}
 
-    def download_blob(self, digest: str, path: Path, *, max_bytes: int) -> int:
+    def download_blob(self, digest: str, path: Path, *, max_bytes: int, on_bytes: OnBytes) -> int:
         shutil.copyfile(self._source, path)
         return path.stat().st_size
 
-    def upload_artefact(self, root: Path, files: Any, manifest: Manifest) -> str:
+    def upload_artefact(self, root: Path, files: Any, manifest: Manifest, on_bytes: OnBytes) -> str:
         for file in files:
+            on_bytes(file.size_bytes)
             assert hashlib.sha256((root / file.path).read_bytes()).hexdigest() == file.digest
         return manifest.digest
 

@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from compiler.worker import Worker
+from model_registry.client import OnBytes
+from model_registry.manifest import Manifest
 from tests.fakes.compiler_models import write_classifier
 from tests.fakes.folder_control import LENIENT, FolderControl
 
@@ -86,6 +89,40 @@ def test_a_cancelled_job_ends_at_once_and_leaves_nothing(control: FolderControl,
     thread.join(30)
     assert not thread.is_alive()
     assert _job_processes() == []
+    assert control.completed is None
+    assert control.failed is None
+    assert _leftovers(tmp_path / "home") == []
+
+
+class EndlessControl(FolderControl):
+    """A control plane on a slow line: cancels once a transfer has begun, which would then take a minute."""
+
+    def __init__(self, source: Path, step: str) -> None:
+        super().__init__(source, LENIENT)
+        self.step = step
+        self.num_pieces = 0
+
+    def download_blob(self, digest: str, path: Path, *, max_bytes: int, on_bytes: OnBytes) -> int:
+        self._transfer("fetch", on_bytes)
+        return super().download_blob(digest, path, max_bytes=max_bytes, on_bytes=on_bytes)
+
+    def upload_artefact(self, root: Path, files: Any, manifest: Manifest, on_bytes: OnBytes) -> str:
+        self._transfer("upload", on_bytes)
+        return super().upload_artefact(root, files, manifest, on_bytes)
+
+    def _transfer(self, step: str, on_bytes: OnBytes) -> None:
+        while step == self.step and self.num_pieces < 600:
+            self.cancel.set()
+            time.sleep(0.1)
+            self.num_pieces += 1
+            on_bytes(1)
+
+
+@pytest.mark.parametrize("step", ["fetch", "upload"])
+def test_a_job_is_cancelled_in_the_middle_of_a_transfer(tmp_path: Path, step: str) -> None:
+    control = EndlessControl(write_classifier(tmp_path / "classifier.onnx"), step)
+    Worker(control, tmp_path / "home", "w").run(num_jobs=1)
+    assert 0 < control.num_pieces < 600
     assert control.completed is None
     assert control.failed is None
     assert _leftovers(tmp_path / "home") == []

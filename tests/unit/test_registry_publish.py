@@ -354,7 +354,9 @@ def test_a_download_that_breaks_goes_on_where_it_was(
 ) -> None:
     data = bytes(range(256)) * 4096
     digest = client.put_blob(data)
-    assert client.download_blob(digest, tmp_path / "got", max_bytes=1 << 21) == len(data)
+    heard: list[int] = []
+    assert client.download_blob(digest, tmp_path / "got", max_bytes=1 << 21, on_bytes=heard.append) == len(data)
+    assert sum(heard) == len(data)
     assert (tmp_path / "got").read_bytes() == data
     state.blobs[digest] = data[:-1] + b"!"
     with pytest.raises(IntegrityError):
@@ -362,6 +364,17 @@ def test_a_download_that_breaks_goes_on_where_it_was(
     with pytest.raises(IntegrityError):
         client.download_blob(digest, tmp_path / "other", max_bytes=100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["got"]
+
+
+def test_who_hears_of_a_download_can_end_it(client: ControlClient, tmp_path: Path) -> None:
+    digest = client.put_blob(b"x" * 1000)
+
+    def end(num_bytes: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        client.download_blob(digest, tmp_path / "got", max_bytes=1000, on_bytes=end)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_blob_with_other_bytes_or_too_many_is_refused(client: ControlClient, state: ControlState) -> None:
