@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from wire.errors import UnsupportedModelError
+from wire.errors import ForeshoreError, UnsupportedModelError
 
 _CONTROL = 3
 _USER_DEFINED = 4
@@ -25,10 +25,16 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 @dataclass(frozen=True)
 class _Split:
-    """How text is cut before BPE: an optional normaliser and the pre-tokeniser."""
+    """How a family's text becomes tokens: cut by an optional normaliser and the pre-tokeniser, then merged by BPE.
+
+    `has_whole_words`: a piece that is a token needs no merges (`ignore_merges`). `has_bos`: texts begin with the start
+    token unless the file says otherwise.
+    """
 
     pre_tokenizer: Callable[[], Any]
     normalizer: Callable[[], Any] | None = None
+    has_whole_words: bool = False
+    has_bos: bool = False
 
 
 def _digits() -> Any:
@@ -50,19 +56,33 @@ def _by_regex(numbers: str) -> Any:
 PRE_TOKENIZERS: Mapping[str, _Split] = {
     "smollm": _Split(_digits),
     "qwen2": _Split(lambda: _by_regex(r"\p{N}"), normalizers.NFC),
-    "llama-bpe": _Split(lambda: _by_regex(r"\p{N}{1,3}")),
+    "llama-bpe": _Split(lambda: _by_regex(r"\p{N}{1,3}"), has_whole_words=True, has_bos=True),
 }
 
 
 def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` for the GGUF key-value `fields` into `folder`."""
-    kind = fields.get("tokenizer.ggml.model")
+    absent = [key for key in ("model", "tokens") if not fields.get(f"tokenizer.ggml.{key}")]
+    if absent:
+        raise UnsupportedModelError(
+            f"the GGUF file has no tokenizer (tokenizer.ggml.{absent[0]})",
+            remedy="convert it again, with its tokenizer",
+        )
+    kind = fields["tokenizer.ggml.model"]
     if kind != "gpt2":
         raise UnsupportedModelError(
             f"the GGUF file has a {kind!r} vocabulary", remedy="byte-level BPE ('gpt2') can be imported"
         )
-    build_tokenizer(fields).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(_config(fields), ensure_ascii=False, indent=2))
+    try:
+        tokenizer, config = build_tokenizer(fields), _config(fields)
+    except ForeshoreError:
+        raise
+    except Exception as error:  # the library raises bare ones for tables that do not fit together
+        raise UnsupportedModelError(
+            f"the GGUF file's tokenizer does not add up: {type(error).__name__}: {error}", remedy="convert it again"
+        ) from error
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2))
 
 
 def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
@@ -74,7 +94,8 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     split = PRE_TOKENIZERS[pre]
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.has_whole_words))
     if split.normalizer is not None:
         tokenizer.normalizer = split.normalizer()
     tokenizer.pre_tokenizer = split.pre_tokenizer()
@@ -83,7 +104,19 @@ def build_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
     tokenizer.add_special_tokens([_added(token) for token, kind in added if kind == _CONTROL])
     tokenizer.add_tokens([_added(token) for token, kind in added if kind == _USER_DEFINED])
+    if _has_bos(fields):
+        bos = int(fields["tokenizer.ggml.bos_token_id"])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
     return tokenizer
+
+
+def _has_bos(fields: Mapping[str, Any]) -> bool:
+    """Whether every text begins with the start token: as the file says, else as its family does."""
+    split = PRE_TOKENIZERS[fields.get("tokenizer.ggml.pre", "")]
+    wanted = bool(fields.get("tokenizer.ggml.add_bos_token", split.has_bos))
+    return wanted and "tokenizer.ggml.bos_token_id" in fields
 
 
 def _added(token: str) -> AddedToken:
@@ -95,7 +128,7 @@ def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+        "add_bos_token": _has_bos(fields),
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = fields.get(f"tokenizer.ggml.{key}_token_id")

@@ -34,7 +34,8 @@ def import_gguf(shop: Workshop, source: Path, source_digest: str, report: Report
 
         gguf_import.import_gguf(source, to / MODEL, lambda share, what: report("import", 0.02 + 0.1 * share, what))
 
-    return shop.run(Stage("import", {"source": source_digest}, _IMPORT_TOOLS, build), "reading the GGUF file")
+    stage = Stage("import", {"source": source_digest}, _IMPORT_TOOLS, build, version=2)
+    return shop.run(stage, "reading the GGUF file")
 
 
 def build_genai(

@@ -1,15 +1,17 @@
 """GGUF files become folders that mean the same model, or are refused with a reason."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compiler.gguf_import import import_gguf, unpermute
+from compiler.gguf_tokenizer import write_tokenizer
 from tests.fakes.compiler_models import permute, write_llama_gguf
 from tests.fakes.gguf_reference import GgufLlama
 from wire.errors import ConflictError, UnsupportedModelError
@@ -35,6 +37,53 @@ def test_the_tokenizer_merges_and_keeps_special_tokens_whole(tmp_path: Path) -> 
     encoded = tokenizer.encode("hello<|end|> 42")
     assert encoded.tokens == ["hell", "o", "<|end|>", "Ġ", "4", "2"]
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == "hello<|end|> 42"
+
+
+def _fields(**changes: Any) -> dict[str, Any]:
+    tokens = ["<|end|>", "<|begin|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "hell", "hello"]
+    fields = {
+        "model": "gpt2", "pre": "llama-bpe", "tokens": tokens, "merges": ["h e", "l l", "he ll"],
+        "token_type": [3, 3] + [1] * (len(tokens) - 2), "bos_token_id": 1, "eos_token_id": 0, **changes,
+    }  # fmt: skip
+    return {f"tokenizer.ggml.{name}": value for name, value in fields.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["<|begin|>", "hello"]),  # the family takes whole words and begins with the start token
+        ({"add_bos_token": False}, ["hello"]),
+        ({"bos_token_id": None}, ["hello"]),
+        ({"pre": "smollm"}, ["hell", "o"]),
+        ({"pre": "smollm", "add_bos_token": True}, ["<|begin|>", "hell", "o"]),
+    ],
+)
+def test_a_text_begins_and_merges_as_the_file_and_its_family_say(
+    tmp_path: Path, changes: dict[str, Any], expected: list[str]
+) -> None:
+    write_tokenizer(_fields(**changes), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("hello").input_ids) == expected
+    bare = tokenizer("hello", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(bare) == [token for token in expected if token != "<|begin|>"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": None}, "no tokenizer"),
+        ({"tokens": None}, "no tokenizer"),
+        ({"model": "llama"}, "'llama' vocabulary"),
+        ({"merges": None}, "does not add up.*merges"),
+        ({"merges": ["h zz"]}, "does not add up"),
+        ({"token_type": [3]}, "does not add up"),
+        ({"bos_token_id": 9999}, "does not add up"),
+        ({"eos_token_id": 9999}, "does not add up"),
+    ],
+)
+def test_a_tokenizer_that_is_missing_or_broken_is_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        write_tokenizer(_fields(**changes), tmp_path)
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
