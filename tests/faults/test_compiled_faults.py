@@ -25,7 +25,7 @@ from compiler.metrics import language_figures, tensor_figures
 from compiler.recipe import LanguageRecipe, TensorRecipe
 from compiler.soundness import count_broken_numbers
 from compiler.targets import TensorScheme
-from tests.fakes.language_artefact import MODELS, SOURCE, built_language_model
+from tests.fakes.language_artefact import MODELS, SOURCE, built_language_model, held_answers
 from tests.faults import compiled_faults as faults
 from wire.errors import ForeshoreError
 
@@ -102,7 +102,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Vision:
 
 @pytest.fixture(scope="module")
 def language() -> Language:
-    return Language(built_language_model(), language_model.source_logits(SOURCE, 512 if EVERYTHING else 256))
+    return Language(built_language_model(), held_answers(512 if EVERYTHING else 256))
 
 
 def vision_faults(vision: Vision) -> dict[str, Make]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,31 @@ def _leftovers(home: Path) -> list[Path]:
     return [*half, *(path for path in (home / "jobs").rglob("*") if path.is_file())]
 
 
-def test_a_job_is_compiled_in_its_own_process_and_completed(control: FolderControl, tmp_path: Path) -> None:
-    Worker(control, tmp_path / "home", "w").run(num_jobs=1)
-    assert control.failed is None
-    assert control.completed is not None
-    assert _leftovers(tmp_path / "home") == []
+@dataclass(frozen=True)
+class Finished:
+    """A job that a worker saw through, in a home where a killed worker had left `orphan`."""
+
+    control: FolderControl
+    home: Path
+    orphan: Path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    orphan = folder / "home" / "jobs" / "4194399" / "x"
+    assert not psutil.pid_exists(4194399)
+    orphan.mkdir(parents=True)
+    (orphan / "file").write_text("left")
+    control = FolderControl(write_classifier(folder / "classifier.onnx"), LENIENT)
+    Worker(control, folder / "home", "w").run(num_jobs=1)
+    return Finished(control, folder / "home", orphan)
+
+
+def test_a_job_is_compiled_in_its_own_process_and_completed(finished: Finished) -> None:
+    assert finished.control.failed is None
+    assert finished.control.completed is not None
+    assert _leftovers(finished.home) == []
 
 
 def test_a_failed_gate_is_a_failed_job_with_its_code(control: FolderControl, tmp_path: Path) -> None:
@@ -119,13 +140,13 @@ class EndlessControl(FolderControl):
 
 
 @pytest.mark.parametrize("step", ["fetch", "upload"])
-def test_a_job_is_cancelled_in_the_middle_of_a_transfer(tmp_path: Path, step: str) -> None:
+def test_a_job_is_cancelled_in_the_middle_of_a_transfer(finished: Finished, tmp_path: Path, step: str) -> None:
     control = EndlessControl(write_classifier(tmp_path / "classifier.onnx"), step)
-    Worker(control, tmp_path / "home", "w").run(num_jobs=1)
+    Worker(control, finished.home, "w").run(num_jobs=1)  # whose stages are there
     assert 0 < control.num_pieces < 600
     assert control.completed is None
     assert control.failed is None
-    assert _leftovers(tmp_path / "home") == []
+    assert _leftovers(finished.home) == []
 
 
 def test_a_source_that_does_not_match_its_digest_is_refused(control: FolderControl, tmp_path: Path) -> None:
@@ -135,17 +156,12 @@ def test_a_source_that_does_not_match_its_digest_is_refused(control: FolderContr
     assert control.failed["code"] == "integrity"
 
 
-def test_what_a_killed_worker_left_is_removed_by_the_next(control: FolderControl, tmp_path: Path) -> None:
-    orphan = tmp_path / "home" / "jobs" / "4194399" / "x"
-    orphan.mkdir(parents=True)
-    (orphan / "file").write_text("left")
-    assert not psutil.pid_exists(4194399) or os.getpid() != 4194399
-    Worker(control, tmp_path / "home", "w").run(num_jobs=1)
-    assert not orphan.exists()
+def test_what_a_killed_worker_left_is_removed_by_the_next(finished: Finished) -> None:
+    assert not finished.orphan.exists()
 
 
-def test_progress_rises_names_stages_and_tells_the_time_left(control: FolderControl, tmp_path: Path) -> None:
-    Worker(control, tmp_path / "home", "w").run(num_jobs=1)
+def test_progress_rises_names_stages_and_tells_the_time_left(finished: Finished) -> None:
+    control = finished.control
     shares = [share for stage, share, _ in control.heartbeats if stage not in ("fetch", "upload")]
     assert shares == sorted(shares)
     assert any("s left" in message for _, _, message in control.heartbeats)

@@ -24,7 +24,7 @@ from compiler.recipe import Recipe, TensorRecipe, parse_recipe
 from compiler.targets import load_target
 from compiler.workshop import Workshop
 from tests.fakes.compiler_models import write_classifier, write_llama_gguf
-from tests.unit.test_compiler_pipeline import LENIENT, _job
+from tests.unit.test_compiler_pipeline import LENIENT, _job, shared_cache
 from wire.errors import InvalidInputError, UnsupportedModelError
 
 OPTIONS_THAT_SHAPE: dict[str, tuple[str, Any]] = {
@@ -47,9 +47,9 @@ LIMITS = {
 TOLD = {"quantiser", "runtime", "search"}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> BuildCache:
-    return BuildCache(tmp_path_factory.mktemp("cache"))
+@pytest.fixture
+def cache(tmp_path: Path) -> BuildCache:
+    return shared_cache(tmp_path)
 
 
 def _compile(folder: Path, target: str, tensor: dict[str, Any], cache: BuildCache) -> tuple[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from compiler.recipe import parse_recipe
 from compiler.targets import load_target
 from model_registry.chunking import describe_folder
 from model_registry.manifest import parse_manifest
+from model_registry.sources import hash_file
 from tests.fakes.compiler_models import CLASSES, write_classifier
 from wire.errors import GateFailedError, InvalidInputError, UnsupportedModelError
 
@@ -32,13 +33,18 @@ def _job(
         "recipe": parse_recipe(recipe or LENIENT),
         "source_format": "onnx",
         "source": source,
-        "source_digest": "ab" * 32,
+        "source_digest": hash_file(Path(str(more.get("source", source)))),
     }
     return CompileJob(**(values | more))  # type: ignore[arg-type]
 
 
+def shared_cache(tmp_path: Path) -> BuildCache:
+    """Stages that tests of one run share: each is a function of what its key names, as it is for jobs."""
+    return BuildCache(tmp_path.parent / "compiler-stages")
+
+
 def _compile(job: CompileJob, tmp_path: Path, name: str = "out"):  # type: ignore[no-untyped-def]
-    return compile_model(job, tmp_path / name, BuildCache(tmp_path / "cache"), lambda *event: None)
+    return compile_model(job, tmp_path / name, shared_cache(tmp_path), lambda *event: None)
 
 
 def test_an_int8_artefact_runs_integer_kernels_and_passes_its_gates(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import onnx
 import pytest
 from onnx import helper
 
-from compiler.cache import BuildCache
 from compiler.graph_facts import graph_facts
 from compiler.pipeline import compile_model
 from compiler.recipe import Recipe, parse_recipe
@@ -24,7 +23,7 @@ from model_registry.compatibility.resolver import resolve
 from model_registry.manifest import RuntimeChoice, parse_manifest
 from tests.fakes.compiler_models import write_classifier
 from tests.fakes.decoder_export import build_shared, tiny_source
-from tests.unit.test_compiler_pipeline import LENIENT, _job
+from tests.unit.test_compiler_pipeline import LENIENT, _job, shared_cache
 from wire.errors import InvalidInputError, UnsupportedModelError
 from wire.messages import Hardware
 
@@ -89,7 +88,7 @@ def test_a_recipe_that_names_onnxruntime_gets_no_engine_and_asks_for_none(tmp_pa
     def build(runtime: str, name: str) -> Any:
         recipe = {"tensor": {**LENIENT["tensor"], "runtime": runtime}}
         job = _job(tmp_path, "jetson-orin", recipe)
-        return compile_model(job, tmp_path / name, BuildCache(tmp_path / "cache"), lambda *event: None, {}).manifest
+        return compile_model(job, tmp_path / name, shared_cache(tmp_path), lambda *event: None, {}).manifest
 
     auto, plain = build("auto", "auto"), build("onnxruntime", "plain")
     assert auto.runtime_choice.chosen.runtime == "tensorrt"
@@ -126,9 +125,7 @@ def test_an_operator_set_that_nothing_uses_keeps_no_older_runtime_out(tmp_path: 
     onnx.save(model, str(source))
     asked = ArtefactFacts("onnxruntime", ir_version=8, opsets=graph_facts(model).opsets)
     assert resolve(asked, older).rule == "operator_set"
-    built = compile_model(
-        _job(tmp_path, target), tmp_path / "out", BuildCache(tmp_path / "cache"), lambda *event: None, {}
-    )
+    built = compile_model(_job(tmp_path, target), tmp_path / "out", shared_cache(tmp_path), lambda *event: None, {})
     facts = replace(facts_of(built.manifest), architectures=(), cpu_features=(), memory_bytes=0, disk_bytes=0)
     assert resolve(facts, older).rule != "operator_set"
     graph = onnx.load(str(built.folder / "model.onnx"))
