@@ -45,12 +45,14 @@ class Pt2Layout:
 
 
 def is_pt2(path: Path) -> bool:
-    """Whether the file is a zip archive that says it holds an exported program, whatever its name."""
+    """Whether the file is a zip archive that holds an exported program, or says so by its name alone."""
     try:
-        _refuse_large(path)
         with path.open("rb") as file:
             if file.read(len(_ZIP_START)) != _ZIP_START:
                 return False
+        if path.suffix == ".pt2":
+            return True  # `read_pt2` says what is wrong with it
+        _refuse_large(path)
         with zipfile.ZipFile(path) as archive:
             return any(name.partition("/")[2] == _MODEL for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError):

@@ -140,7 +140,7 @@ def test_sizes_are_limited_before_anything_is_parsed(saved: Path, tmp_path: Path
         file.write(saved.read_bytes())
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(UnsupportedModelError, match=f"at most {MAX_BYTES}"):
-        read_pt2(tmp_path / "large.pt2")
+        recognise(tmp_path / "large.pt2")
     content = bytearray(saved.read_bytes())
     end = content.rfind(b"PK\x05\x06")
     content[end + 12 : end + 16] = struct.pack("<I", MAX_DIRECTORY_BYTES + 1)
@@ -167,7 +167,7 @@ def test_a_torch_save_file_under_that_name_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(2)}, buffer)
     (tmp_path / "weights.pt2").write_bytes(buffer.getvalue())
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedModelError, match=r"data\.pkl.*not plain data"):
         recognise(tmp_path / "weights.pt2")
 
 
