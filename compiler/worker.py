@@ -1,9 +1,9 @@
 """The compile worker: leases jobs from a control plane and runs each in a process of its own.
 
-Rules, in order. The source is fetched and verified before a process starts. From the lease on, a heartbeat goes out
-every second; a cancelled or lost job is ended with its whole process group, transfers and files at once. A process
-that crashes is a failed job with the tail of its log, never the end of the worker. The artefact is uploaded before the
-job is called complete. A worker that is killed says nothing: its lease runs out and the job is leased again.
+Rules, in order. The source is fetched and verified before a process starts. From the lease on, two heartbeats a second
+go out; a cancelled or lost job is ended with its whole process group, transfers and files at once. A process that
+crashes is a failed job with the tail of its log, never the end of the worker. The artefact is uploaded before the job
+is called complete. A worker that is killed says nothing: its lease runs out and the job is leased again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from wire.errors import (
     UnavailableError,
 )
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 JOB_TIMEOUT_S = 3600.0
 LOG_TAIL_BYTES = 8000
 MAX_SOURCE_BYTES = 64 << 30
