@@ -106,6 +106,11 @@ def quantise(weight: Tensor, bits: int, group_size: int = 128) -> QuantWeight:
     return QuantWeight(nibbles[..., 0] | (nibbles[..., 1] << 4), scales, bits, group_size)
 
 
+def largest_group(columns: int) -> int:
+    """The largest group size that divides the input columns, at most `MAX_DEPTH`; the finest step the kernel takes."""
+    return min(MAX_DEPTH, columns & -columns)
+
+
 def linear(x: Tensor, weight: QuantWeight, num_splits: int | None = None) -> Tensor:
     """x [rows, in] times the weight: [rows, out] in x's dtype. `num_splits` cuts the depth; chosen when not given."""
     num_rows, columns = x.shape

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from cloud.serving.kv_pool import KvPool
 from cloud.serving.models.decoder import Decoder, LayerWeights, rotary_tables
-from kernels import activation, decode_attention, gemv, kv_cache, moe, norm, prefill_attention, tokens
+from kernels import activation, decode_attention, gemv, kv_cache, moe, norm, prefill_attention, quant, tokens
 
 Tensor = Any
 UNKNOWN_TOKEN = -1
@@ -108,20 +108,20 @@ class CudaStep:
         weights, config = self.decoder.weights, self.decoder.config
         eps = config.norm_eps
         residual = tokens.embed(fields["tokens"], fields["token_rows"], self.latest, weights.embedding)  # [T, hidden]
-        if shape.num_tokens == shape.num_decodes <= GEMV_ROWS:
+        if shape.num_tokens == shape.num_decodes <= GEMV_ROWS and not isinstance(weights.head, quant.QuantWeight):
             logits = self._forward_few(residual, fields, shape)
             return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits
         x = norm.rms_norm(residual, weights.layers[0].input_norm, eps, torch.empty_like(residual))
         for index, layer in enumerate(weights.layers):
-            qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+            qkv = _product(x, layer.qkv, layer.qkv_bias)
             if index + 1 == config.num_layers and shape.num_prefills:
                 residual = residual[fields["sampled"]]
-            x = F.linear(self._attend(qkv, index, fields, shape), layer.output, layer.output_bias)
+            x = _product(self._attend(qkv, index, fields, shape), layer.output, layer.output_bias)
             x = norm.add_rms_norm(x, residual, layer.post_norm, eps, x)
             x = self._mlp(x, layer)
             following = weights.layers[index + 1].input_norm if index + 1 < config.num_layers else weights.norm
             x = norm.add_rms_norm(x, residual, following, eps, x)
-        logits = F.linear(x, weights.head)
+        logits = _product(x, weights.head)
         return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits
 
     def _forward_few(self, residual: Tensor, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
@@ -150,9 +150,9 @@ class CudaStep:
         if experts is not None:
             weights, chosen = moe.route(F.linear(x, layer.router), experts.top_k, experts.is_renormalised)
             return moe.experts_mlp(x, layer.gate_up, layer.down, weights, chosen)
-        gate_up = F.linear(x, layer.gate_up)
+        gate_up = _product(x, layer.gate_up)
         hidden = activation.silu_mul(gate_up, gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2))
-        return F.linear(hidden, layer.down)
+        return _product(hidden, layer.down)
 
     def _attend(self, qkv: Tensor, index: int, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
         """Attention's output [T, heads * head_dim] of a layer; the step's keys and values are in its cache after.
@@ -181,3 +181,11 @@ class CudaStep:
                 q[first:], k_cache, v_cache, tables[first:], lens[first:], starts, scale, out[first:]
             )
         return out.flatten(1)
+
+
+def _product(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """x [T, in] times a whole weight by the library, or a rounded one by our kernel."""
+    if not isinstance(weight, quant.QuantWeight):
+        return F.linear(x, weight, bias)
+    out = quant.linear(x, weight)
+    return out if bias is None else out.add_(bias)

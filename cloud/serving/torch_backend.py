@@ -44,7 +44,12 @@ class TorchBackend:
             return weight.contiguous()
         if weight.dim() != 2:
             raise UnsupportedModelError("the weights of experts cannot be packed", remedy="use --weight-bits 16")
-        return pack(weight, 8 if is_head else self.weight_bits)
+        bits = 8 if is_head else self.weight_bits
+        if not weight.is_cuda:
+            return pack(weight, bits)
+        from kernels import quant  # Triton is an extra
+
+        return quant.quantise(weight, bits, quant.largest_group(weight.shape[1]))
 
     def plan(self, batch: Batch) -> CpuBatch:
         """Work out, once per step, how each context is read and which mask its new tokens need."""

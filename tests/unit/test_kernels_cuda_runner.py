@@ -24,6 +24,7 @@ from cloud.serving.request import FinishReason, Request, SamplingParams
 from cloud.serving.runner import EagerRunner
 from cloud.serving.scheduler import Scheduler, SchedulerConfig
 from cloud.serving.torch_backend import TorchBackend
+from kernels import quant, reference
 
 SHAPE = DecoderConfig(
     family="qwen3", hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -179,6 +180,27 @@ def test_counts_hold_where_some_draws_are_made_on_the_host():
     model = {"has_qk_norm": True, "has_bias": False}
     engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
     assert engine.generate(make()) == on_cpu(make(), **model)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_weights_give_the_tokens_of_what_they_stand_for(bits):
+    whole, rounded = (make_decoder(place, True, True) for place in (torch.device("cpu"), DEVICE))
+    for plain, packed in zip(
+        (whole.weights, *whole.weights.layers), (rounded.weights, *rounded.weights.layers), strict=True
+    ):
+        for name in ("head",) if packed is rounded.weights else ("qkv", "output", "gate_up", "down"):
+            weight = getattr(packed, name)
+            made = quant.quantise(weight, bits, quant.largest_group(weight.shape[1]))
+            setattr(packed, name, made)
+            exact = reference.dequantised(made.packed, made.scales.double(), bits, made.group_size)
+            setattr(plain, name, exact.float().cpu())
+    kv = KvPool(KvLayout(2, 2, 16, 4, "float32"), 40)
+    wanted = Engine(EagerRunner(whole, kv), make_scheduler(), kv, "f", 97).generate(make_requests(2))
+    kv = KvPool(KvLayout(2, 2, 16, 4, "float32"), 40, str(DEVICE))
+    runner = CudaRunner(rounded, kv, CudaConfig(4, 64, (1, 2, 4)))
+    if ON_GPU:
+        runner.capture()
+    assert OverlappedEngine(runner, make_scheduler(), kv, "f", 97).generate(make_requests(2)) == wanted
 
 
 def test_a_request_id_that_comes_again_does_not_inherit_blocks():
