@@ -139,10 +139,17 @@ def sample_app() -> FastAPI:
          "tools": {"onnxruntime": "1.32.0", "onnx": "1.23.2"},
          "gates": [{"name": "top1_agreement", "value": 1.0, "limit": 0.97, "sense": ">=", "passed": True}]},
         {"target": "cpu-x86-int8", "manifest": DIGEST, "size_bytes": 4 << 20, "runtime": "onnxruntime",
-         "precision": "int8-qdq", "deltas": [{"name": "from-1-0-0", "wire_bytes": 310_000}], "gates": gates},
+         "precision": "int8-qdq", "deltas": [{"name": "from-1-0-0", "wire_bytes": 310_000}], "gates": gates,
+         "recipe_digest": DIGEST, "tools": {"onnxruntime": "1.32.0"}, "reproducibility": "byte-identical",
+         "runtime_choice": {
+             "basis": "rule",
+             "chosen": {"runtime": "onnxruntime", "reason": "the only runtime of this target", "figures": {}},
+             "rejected": [{"runtime": "tensorrt", "reason": "the target has no GPU", "figures": {"latency_ms": 3.2}}],
+         }},
     ]  # fmt: skip
     release = {"release": DIGEST, "name": "vision", "version": "1.1.0", "sequence": 2, "kind": "tensor",
-               "licence": "BSD-3-Clause", "created_at": NOW, "artefacts": artefacts}  # fmt: skip
+               "licence": "BSD-3-Clause", "created_at": NOW, "artefacts": artefacts,
+               "signed_by": {"publisher": "alice", "keys": [DIGEST, "ab" * 32]}}  # fmt: skip
     rollout = _rollout()
     record = decide(
         decision_id="de-1", kind="offload", policy="offload/1", config={}, decided_at=NOW, subject="gate-box-2",
