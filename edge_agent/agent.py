@@ -121,6 +121,7 @@ class Agent:
             self._spawn(self._renewal.run(self._renewal_failed), "renewal")
         last_report = 0.0
         self._spawn(self._watch_trust(), "trust")
+        self._spawn(self._send_events(), "events")
         if self._engine_work is not None:
             self._spawn(self._engine_work.run(), "engines")
         watchdog = Watchdog()
@@ -131,7 +132,6 @@ class Agent:
                 last_report = time.monotonic()
                 self._report()
             self._dirty = self._dirty or any(update.state.is_working for update in self.updates.values())
-            await self._flush_outbox()
             if self.trust.num_renewals != self._seen_renewals:
                 self._seen_renewals = self.trust.num_renewals
                 self._spawn(self._renewed(), "trust-renewed")
@@ -393,13 +393,16 @@ class Agent:
         if self._publish("reported", self.report().to_bytes(), retain=True):
             self._dirty = self._urgent = False
 
-    async def _flush_outbox(self) -> None:
-        if not self.is_online:
-            return
-        now = time.monotonic()
-        for event_id, payload in await asyncio.to_thread(self.outbox.oldest):
-            if now - self._sent_at.get(event_id, -RESEND_S) >= RESEND_S and self._publish("event", payload):
-                self._sent_at[event_id] = now
+    async def _send_events(self) -> None:
+        """Send what the outbox holds; a disk that stalls holds up this task alone."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            if not self.is_online:
+                continue
+            for event_id, payload in await asyncio.to_thread(self.outbox.oldest):
+                now = time.monotonic()
+                if now - self._sent_at.get(event_id, -RESEND_S) >= RESEND_S and self._publish("event", payload):
+                    self._sent_at[event_id] = now
 
     def _held(self) -> set[str]:
         held = set[str]().union(*(update.state.held() for update in self.updates.values()))

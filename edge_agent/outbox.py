@@ -5,7 +5,7 @@ in effect. Events are deleted when the control plane names them as stored.
 
 Telemetry never stands in the way of serving: one thread of its own owns the database, so that no request waits for a
 disk; what the disk does not take is counted as dropped, a file that is damaged is set aside, and without any disk the
-events wait in memory.
+events wait in memory. Requests that end after the outbox was closed are counted as dropped too.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from wire.messages import MAX_MESSAGE_BYTES, Event
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Kind = Literal["decision", "inference", "update", "alarm", "metric"]
 PRIORITY_BY_KIND: dict[str, int] = {"alarm": 4, "update": 3, "decision": 2, "inference": 1, "metric": 0}
-
-
 MAX_UNWRITTEN = 1000  # events on their way to a disk that stalls
 
 
@@ -37,7 +37,9 @@ class Outbox:
     def __init__(self, path: Path, quota_bytes: int) -> None:
         self._quota_bytes = quota_bytes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="outbox")
-        self._unwritten = threading.Semaphore(MAX_UNWRITTEN)
+        self._lock = threading.Lock()
+        self._num_unwritten = 0
+        self._is_closed = False
         self.num_dropped = 0
         self._db = _open(path)
         self._size_bytes = int(self._db.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM events").fetchone()[0])
@@ -46,37 +48,48 @@ class Outbox:
         """Keep an event, without waiting for the disk; returns its id, or None when it can't be sent or written."""
         event = Event(event_id=_new_id(), kind=kind, at=datetime.now(UTC), body=json.loads(json.dumps(body)))
         payload = event.to_bytes()
-        is_too_large = len(payload) > min(MAX_MESSAGE_BYTES, self._quota_bytes)
-        if is_too_large or not self._unwritten.acquire(blocking=False):
-            self.num_dropped += 1
-            return None
-        self._writer.submit(self._write, event.event_id, PRIORITY_BY_KIND[kind], payload)
+        with self._lock:
+            is_too_large = len(payload) > min(MAX_MESSAGE_BYTES, self._quota_bytes)
+            if is_too_large or self._is_closed or self._num_unwritten >= MAX_UNWRITTEN:
+                self.num_dropped += 1
+                return None
+            self._num_unwritten += 1
+            self._writer.submit(self._write, event.event_id, PRIORITY_BY_KIND[kind], payload)
         return event.event_id
 
     def oldest(self, limit: int = 50) -> list[tuple[str, bytes]]:
-        """Ids and payloads, in the order they happened; waits for what was added before."""
-        return self._writer.submit(self._read, limit).result()
+        """Ids and payloads, in the order they happened; waits for what was added before. None once it is closed."""
+        reading = self._submit(self._read, limit)
+        return reading.result() if reading else []
 
     def confirm(self, event_ids: Sequence[str]) -> None:
         """Forget events that are stored elsewhere; unknown ids do no harm, what stays is confirmed again later."""
-        self._writer.submit(self._forget, list(event_ids))
+        self._submit(self._forget, list(event_ids))
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all payloads; waits for what was added before."""
-        return self._writer.submit(lambda: self._size_bytes).result()
+        reading = self._submit(lambda: self._size_bytes)
+        return reading.result() if reading else self._size_bytes
 
     def close(self) -> None:
-        """Write what is on its way, then close the database."""
+        """Write what is on its way, then close the database; once is enough."""
+        with self._lock:
+            self._is_closed = True
         self._writer.shutdown()
         self._db.close()
 
+    def _submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T] | None:
+        with self._lock:
+            return None if self._is_closed else self._writer.submit(work, *args, **kwargs)
+
     def _write(self, event_id: str, priority: int, payload: bytes) -> None:
-        self._unwritten.release()
+        with self._lock:
+            self._num_unwritten -= 1
         try:
             self._make_room(len(payload), priority)
             if self._size_bytes + len(payload) > self._quota_bytes:  # all that waits matters more
-                self.num_dropped += 1
+                self._drop()
                 return
             self._db.execute(
                 "INSERT INTO events (event_id, priority, size_bytes, payload) VALUES (?, ?, ?, ?)",
@@ -84,6 +97,10 @@ class Outbox:
             )
             self._size_bytes += len(payload)
         except sqlite3.Error:
+            self._drop()
+
+    def _drop(self) -> None:
+        with self._lock:
             self.num_dropped += 1
 
     def _read(self, limit: int) -> list[tuple[str, bytes]]:
@@ -111,7 +128,7 @@ class Outbox:
                 return
             self._db.execute("DELETE FROM events WHERE number = ?", (row[0],))
             self._size_bytes -= row[1]
-            self.num_dropped += 1
+            self._drop()
 
 
 def _new_id() -> str:

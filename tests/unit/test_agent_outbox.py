@@ -63,6 +63,18 @@ def test_events_survive_a_restart_and_go_when_confirmed(tmp_path: Path) -> None:
     assert outbox.size_bytes == 0
 
 
+def test_requests_that_end_after_it_was_closed_are_counted_and_do_no_harm(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox.db", QUOTA_BYTES)
+    kept = outbox.add("decision", {"number": 1})
+    outbox.close()
+    assert outbox.add("decision", {"number": 2}) is None
+    assert outbox.num_dropped == 1
+    assert outbox.oldest() == []
+    outbox.confirm([str(kept)])
+    outbox.close()
+    assert [name for name, _ in Outbox(tmp_path / "outbox.db", QUOTA_BYTES).oldest()] == [kept]
+
+
 def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
     path.write_bytes(b"no database at all" * 1000)
