@@ -6,15 +6,19 @@ parent ends, however it ends (Linux `prctl(PR_SET_PDEATHSIG)`; elsewhere a no-op
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import sys
 import tempfile
 from pathlib import Path
 
+LOWEST_FREE_PORT = 20000
+NUM_PORT_TRIALS = 50
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,10 +43,26 @@ def write_port_file(path: Path, host: str, port: int) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on now. Prefer `--port 0` with a port file; this is for peers told in advance."""
+    """A TCP port that nobody listens on now. Prefer `--port 0` with a port file; this is for peers told in advance.
+
+    The port lies below those that the kernel lends to clients, where a connection could take it before its owner binds.
+    """
+    candidates = range(LOWEST_FREE_PORT, _lowest_lent_port())
+    for port in random.SystemRandom().sample(candidates, min(NUM_PORT_TRIALS, len(candidates))):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def _lowest_lent_port() -> int:
+    """Where the ports of outgoing connections begin; 32768 unless the kernel says otherwise."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        return 32768
 
 
 def replace_durably(path: Path, data: bytes, *, mode: int = 0o644) -> None:

@@ -240,3 +240,17 @@ def test_a_connection_of_a_listener_sends_at_once() -> None:
 def test_a_taken_port_is_named() -> None:
     with listen("127.0.0.1", 0) as first, pytest.raises(UnavailableError, match=str(first.getsockname()[1])):
         listen("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_free_port_lies_where_no_client_connects_from_and_is_free() -> None:
+    lowest_lent = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [process.free_port() for _ in range(20)]
+    assert len(set(ports)) > 10
+    assert all(process.LOWEST_FREE_PORT <= port < lowest_lent for port in ports)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports[0]))
+
+
+def test_without_room_below_the_lent_ports_any_free_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_lowest_lent_port", lambda: process.LOWEST_FREE_PORT)
+    assert process.free_port() > 1023
