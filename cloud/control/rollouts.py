@@ -57,11 +57,7 @@ class Rollouts:
             release = catalogue.get_release(session, order.release)
             if release.tenant != by.tenant:
                 raise NotFoundError(f"release {order.release[:12]} is not in the catalogue", remedy="foreshore models")
-            if trust.load(session, by.tenant).find_release(release.name, release.digest) is None:
-                raise ConflictError(
-                    f"no publisher lists {release.name} {release.version} any longer: no device would install it",
-                    remedy="roll out another release, or publish this one again",
-                )
+            _refuse_withdrawn(session, release)
             devices = sorted(members(session, by.tenant, order.group), key=lambda d: (not d.online, d.device_id))
             placed = place(self._blobs, release, devices)
             if start and order.approval is None:
@@ -110,6 +106,7 @@ class Rollouts:
             if (order, row.status) in {("start", Status.PAUSED.value), ("resume", Status.DRAFT.value)}:
                 raise ConflictError(f"cannot {order} a rollout that is {row.status}", remedy="resume what is paused")
             if order in ("approve", "start", "retry"):
+                _refuse_withdrawn(session, catalogue.get_release(session, row.release))
                 _refuse_overlap(session, row.tenant, row.model, set(row.offers), besides=rollout_id)
             audit.record(
                 session, tenant=by.tenant, actor=by.subject, action=f"rollout.{order}", subject=rollout_id,
@@ -383,6 +380,15 @@ def _standing(session: Session, before: dict[str, Any] | None, device_id: str) -
             return before
         before = earlier.offers.get(device_id, {}).get("before")
     return None
+
+
+def _refuse_withdrawn(session: Session, release: ReleaseRow) -> None:
+    """No device installs what no publisher lists."""
+    if trust.load(session, release.tenant).find_release(release.name, release.digest) is None:
+        raise ConflictError(
+            f"no publisher lists {release.name} {release.version} any longer: no device would install it",
+            remedy="roll out another release, or publish this one again",
+        )
 
 
 def _refuse_overlap(
