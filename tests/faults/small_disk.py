@@ -7,6 +7,7 @@ numbers; both slots stay whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -33,6 +34,7 @@ healthy_after_s: 0.2
 """
 DISK_BYTES = 48 << 20
 MAX_MODEL_BYTES = 6 << 20
+NUM_FILLINGS = 100
 UPDATE_S = 90.0
 REFUSAL = re.compile(r"insufficient_space: the model needs \d+ bytes of disk and \d+ are free")
 
@@ -92,16 +94,19 @@ class SmallDiskRun:
         return self.plane.await_model(lambda m: m.get("result") is not None, UPDATE_S)
 
     def leave_free(self, free_bytes: int) -> None:
-        """Take or give back disk until about `free_bytes` are left."""
+        """Take or give back disk until about `free_bytes` are left; the agent may write meanwhile."""
         filler = self.disk / "filler"
         filler.touch()
-        held = filler.stat().st_blocks * 512
-        status = os.statvfs(self.disk)
-        wanted = max(0, held + status.f_bavail * status.f_frsize - free_bytes)
-        with filler.open("r+b") as file:
-            file.truncate(wanted)
-            if wanted:
-                os.posix_fallocate(file.fileno(), 0, wanted)
+        for _ in range(NUM_FILLINGS):
+            held = filler.stat().st_blocks * 512
+            status = os.statvfs(self.disk)
+            wanted = max(0, held + status.f_bavail * status.f_frsize - free_bytes)
+            with filler.open("r+b") as file, contextlib.suppress(OSError):
+                file.truncate(wanted)
+                if wanted:
+                    os.posix_fallocate(file.fileno(), 0, wanted)
+                return
+        raise AssertionError(f"the disk could not be filled up to {free_bytes} bytes: {os.statvfs(self.disk)}")
 
     def _try(self, number: int) -> None:
         size_bytes = self._random.randrange(4096, MAX_MODEL_BYTES)
