@@ -15,7 +15,7 @@ ALL = os.environ.get("FORESHORE_FAULTS") == "all"
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs gcc for the failing disk")
-@pytest.mark.timeout(6 * 3600 if ALL else 900)
+@pytest.mark.timeout(6 * 3600 if ALL else 600)
 def test_no_kill_and_no_torn_write_leaves_a_device_without_its_model(tmp_path: Path) -> None:
     run = CrashRun(tmp_path, seed=11)
     try:

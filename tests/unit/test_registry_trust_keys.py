@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,9 @@ def test_a_missing_or_foreign_key_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "text.pem").chmod(0o600)
     with pytest.raises(InvalidInputError):
         load_key(tmp_path / "text.pem")
+
+
+def test_a_clouds_key_service_is_not_loaded_with_the_trust_and_stays_importable() -> None:
+    code = "import sys, model_registry.trust.keys; print('boto3' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
