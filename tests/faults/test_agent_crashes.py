@@ -10,7 +10,7 @@ import pytest
 from tests.faults.agent_crashes import CrashRun
 from tests.faults.failing_disk import has_compiler
 
-pytestmark = [pytest.mark.faults, pytest.mark.long]
+pytestmark = [pytest.mark.faults, pytest.mark.beside]
 ALL = os.environ.get("FORESHORE_FAULTS") == "all"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.long, pytest.mark.faults, pytest.mark.models, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.beside, pytest.mark.faults, pytest.mark.models, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 # step of the story -> who dies while it runs, and how many seconds after its beginning
 KILLS = {
