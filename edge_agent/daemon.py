@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_agent.config import Home, Profile
 from wire.errors import InvalidInputError
-from wire.exposure import is_loopback, listen
+from wire.exposure import KEEP_ALIVE_S, is_loopback, listen
 
 SHUTDOWN_S = 5
 
@@ -69,8 +69,9 @@ async def _run(home: Home, host: str, port: int, port_file: Path | None) -> None
     address = listener.getsockname()
     agent.local_url = f"http://{address[0]}:{address[1]}"
     settings = uvicorn.Config(
-        create_app(agent, cloud), log_level="warning", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S
-    )
+        create_app(agent, cloud), log_level="warning", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )  # fmt: skip
     server = uvicorn.Server(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -7,6 +7,12 @@ from ipaddress import ip_address
 
 from wire.errors import InvalidInputError, UnavailableError
 
+KEEP_ALIVE_S = 75
+"""How long a server keeps an idle connection: longer than clients do (httpx 5 s, aiohttp 15 s, proxies 60 s).
+
+Whoever closes first may close while the other sends, and a request is lost; a client knows that it is sending.
+"""
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""

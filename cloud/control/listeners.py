@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cloud.control.api.base import DOOR, PEER
 from cloud.control.certificates import PeerCertificate
+from wire.exposure import KEEP_ALIVE_S
 
 HEADER_TIMEOUT_S = 15.0
 MAX_HEADER_BYTES = 32 * 1024
@@ -92,6 +93,7 @@ def people_config(application: ASGIApp, tls: tuple[Path, Path] | None) -> uvicor
     certificate, key = tls or (None, None)
     return uvicorn.Config(
         application, http=Door, ws="none", log_level="warning", timeout_graceful_shutdown=GRACE_S, server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES, limit_concurrency=MAX_CONNECTIONS, proxy_headers=False,
         ssl_certfile=certificate, ssl_keyfile=key,
     )  # fmt: skip
@@ -101,7 +103,7 @@ def device_config(application: ASGIApp, certificate: Path, key: Path, ca_file: P
     """The door for devices: our certificate, and theirs from our authority; only `enrol` works without one."""
     return uvicorn.Config(
         application, http=DeviceDoor, ws="none", log_level="warning", timeout_graceful_shutdown=GRACE_S,
-        server_header=False, lifespan="off", proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S, server_header=False, lifespan="off", proxy_headers=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES, limit_concurrency=MAX_CONNECTIONS,
         ssl_certfile=certificate, ssl_keyfile=key, ssl_ca_certs=str(ca_file), ssl_cert_reqs=ssl.CERT_OPTIONAL,
     )  # fmt: skip

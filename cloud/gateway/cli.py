@@ -21,7 +21,7 @@ from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet, WorkerSpec, parse_worker
 from cloud.gateway.text import ChatTokenizer
 from wire.errors import InvalidInputError
-from wire.exposure import is_loopback, listen, require_tls_off_loopback
+from wire.exposure import KEEP_ALIVE_S, is_loopback, listen, require_tls_off_loopback
 from wire.process import die_with_parent, write_port_file
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -89,7 +89,7 @@ async def _serve(
     application = create_app(Gateway(models, auth, DecisionLog(client), has_open_metrics=is_loopback(host)))
     config = uvicorn.Config(
         application, log_level="warning", ws="none", access_log=False, timeout_graceful_shutdown=10,
-        server_header=False, ssl_certfile=tls[0], ssl_keyfile=tls[1],
+        timeout_keep_alive=KEEP_ALIVE_S, server_header=False, ssl_certfile=tls[0], ssl_keyfile=tls[1],
     )  # fmt: skip
     server = _Server(config)
     listener = listen(host, port)

@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.fakes.agent_plane import AgentProcess, Plane
 from wire.window import Window
 
+IDLE_S = 6.0  # httpx gives an idle connection up after 5
+
 
 @pytest.fixture
 def plane(tmp_path: Path) -> Iterator[Plane]:
@@ -139,3 +141,13 @@ def test_without_the_broker_for_a_while_the_download_resumes(plane: Plane, agent
     os.kill(plane.broker.pid, signal.SIGKILL)
     plane.await_model(lambda m: m["phase"] == "committed", 60)
     assert agent.scale() == 2.0
+
+
+def test_a_connection_outlasts_the_time_that_clients_keep_it_idle(agent: AgentProcess) -> None:
+    with httpx.Client(base_url=agent.url, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        ports = []
+        for _ in range(2):
+            answer = client.get("/healthz")
+            ports.append(answer.extensions["network_stream"].get_extra_info("client_addr")[1])
+            time.sleep(IDLE_S)
+    assert ports[0] == ports[1]
