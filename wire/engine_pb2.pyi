@@ -112,6 +112,28 @@ class Finished(_message.Message):
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
+class EmbedRequest(_message.Message):
+    __slots__ = ("protocol_version", "request_id", "token_ids", "salt", "priority")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    request_id: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    salt: bytes
+    priority: int
+    def __init__(self, protocol_version: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., salt: _Optional[bytes] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class EmbedReply(_message.Message):
+    __slots__ = ("vector", "cached_tokens")
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    vector: _containers.RepeatedScalarFieldContainer[float]
+    cached_tokens: int
+    def __init__(self, vector: _Optional[_Iterable[float]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
 class PrefillRequest(_message.Message):
     __slots__ = ("protocol_version", "request_id", "token_ids", "salt", "fingerprint", "num_held_blocks", "lease_epoch", "priority")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -175,7 +197,7 @@ class StatusRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., known_prefix_version: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("worker", "role", "state", "boot_epoch", "fingerprint", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_waiting", "num_waiting_tokens", "max_context_tokens", "prefill_tokens_total", "output_tokens_total", "preemptions_total", "evictions_total", "prefix_version", "prefixes", "handoff_refusals_total", "handoff_bytes_total")
+    __slots__ = ("worker", "role", "state", "boot_epoch", "fingerprint", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_waiting", "num_waiting_tokens", "max_context_tokens", "prefill_tokens_total", "output_tokens_total", "preemptions_total", "evictions_total", "prefix_version", "prefixes", "handoff_refusals_total", "handoff_bytes_total", "embedding_size")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +218,7 @@ class StatusReply(_message.Message):
     PREFIXES_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_REFUSALS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_SIZE_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: str
     state: str
@@ -216,7 +239,8 @@ class StatusReply(_message.Message):
     prefixes: bytes
     handoff_refusals_total: int
     handoff_bytes_total: int
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., prefill_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., evictions_total: _Optional[int] = ..., prefix_version: _Optional[int] = ..., prefixes: _Optional[bytes] = ..., handoff_refusals_total: _Optional[int] = ..., handoff_bytes_total: _Optional[int] = ...) -> None: ...
+    embedding_size: int
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., prefill_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., evictions_total: _Optional[int] = ..., prefix_version: _Optional[int] = ..., prefixes: _Optional[bytes] = ..., handoff_refusals_total: _Optional[int] = ..., handoff_bytes_total: _Optional[int] = ..., embedding_size: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("protocol_version", "request_id")

@@ -39,6 +39,11 @@ class EngineStub:
                 request_serializer=wire_dot_engine__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=wire_dot_engine__pb2.GenerateEvent.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/foreshore.engine.v1.Engine/Embed',
+                request_serializer=wire_dot_engine__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=wire_dot_engine__pb2.EmbedReply.FromString,
+                _registered_method=True)
         self.Prefill = channel.unary_stream(
                 '/foreshore.engine.v1.Engine/Prefill',
                 request_serializer=wire_dot_engine__pb2.PrefillRequest.SerializeToString,
@@ -61,6 +66,13 @@ class EngineServicer:
 
     def Generate(self, request, context):
         """Tokens as they are drawn. Ends after `finished`; an error ends it with a status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """The vector of one input: last hidden states pooled as the model's folder says, of length 1.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +106,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=wire_dot_engine__pb2.GenerateRequest.FromString,
                     response_serializer=wire_dot_engine__pb2.GenerateEvent.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=wire_dot_engine__pb2.EmbedRequest.FromString,
+                    response_serializer=wire_dot_engine__pb2.EmbedReply.SerializeToString,
             ),
             'Prefill': grpc.unary_stream_rpc_method_handler(
                     servicer.Prefill,
@@ -138,6 +155,33 @@ class Engine:
             '/foreshore.engine.v1.Engine/Generate',
             wire_dot_engine__pb2.GenerateRequest.SerializeToString,
             wire_dot_engine__pb2.GenerateEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/foreshore.engine.v1.Engine/Embed',
+            wire_dot_engine__pb2.EmbedRequest.SerializeToString,
+            wire_dot_engine__pb2.EmbedReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cloud.gateway.generation import Outcome
 from cloud.gateway.text import ChatTokenizer
+from wire.embeddings import EmbeddingRequest, embedding_list, embedding_object
 from wire.errors import ForeshoreError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -105,6 +107,14 @@ def usage_of(num_prompt_tokens: int, outcomes: Sequence[Outcome]) -> dict[str, A
         "total_tokens": num_prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": outcomes[0].cached_tokens if outcomes else 0},
     }
+
+
+def embedding_answer(body: EmbeddingRequest, vectors: Sequence[Any], num_tokens: int, outcome: Outcome) -> bytes:
+    """The JSON of an answer of /v1/embeddings, made vector by vector: other threads get their turn in between."""
+    data = [json.dumps(embedding_object(i, vector, body.encoding_format)) for i, vector in enumerate(vectors)]
+    rest = {**embedding_list(body.model, [], num_tokens), "foreshore": outcome.to_dict()}
+    del rest["data"]
+    return f'{{"data": [{", ".join(data)}], {json.dumps(rest)[1:]}'.encode()
 
 
 def error_object(error: ForeshoreError, status: int) -> dict[str, Any]:

@@ -20,21 +20,31 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from cloud.gateway.answers import Frame, Piece, error_object, status_of, usage_of
+from cloud.gateway.answers import Frame, Piece, embedding_answer, error_object, status_of, usage_of
 from cloud.gateway.auth import Authenticator, Caller, read_bearer
 from cloud.gateway.choices import Choices
 from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet
 from cloud.gateway.generation import Generation, Job
 from cloud.gateway.metrics import Metrics
-from cloud.gateway.schemas import MAX_CHOICES, ChatBody, CompletionBody, Sampling, parse_chat, parse_completion
+from cloud.gateway.presence import wait_until_gone, while_connected
+from cloud.gateway.schemas import (
+    MAX_CHOICES,
+    ChatBody,
+    CompletionBody,
+    Sampling,
+    parse_chat,
+    parse_completion,
+    parse_embedding,
+)
 from cloud.gateway.text import ChatTokenizer
+from cloud.gateway.vectors import EmbeddingJob, Vectors, token_inputs
+from wire.decision import Decision
 from wire.errors import ForeshoreError, InvalidInputError, NotFoundError, TooLargeError, UnavailableError
 
 MAX_BODY_BYTES = 8 << 20
 MAX_OPEN_REQUESTS = 512
 HEARTBEAT_S = 15.0
-_WATCH_S = 0.25
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
@@ -62,12 +72,7 @@ class Answer:
     @property
     def headers(self) -> dict[str, str]:
         """Where and why, for those who do not read the body."""
-        decision = self.choices.generations[0].outcome.decision
-        location = {"x-foreshore-location": "cloud"}
-        if decision is None:
-            return location
-        reason = decision.reason.encode("ascii", "replace").decode()[:400]
-        return {"x-foreshore-decision": decision.decision_id, "x-foreshore-reason": reason, **location}
+        return _headers_of(self.choices.generations[0].outcome.decision)
 
     def usage(self) -> dict[str, Any]:
         """Tokens over all choices."""
@@ -111,6 +116,29 @@ class Gateway:
         model = self._model(body.model)
         return await self._answer(request, caller, model, body, _prompts(body, model.tokenizer))
 
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings."""
+        caller = await self._caller(request)
+        body = parse_embedding(await _read_body(request))
+        model = self._model(body.model)
+        inputs = await asyncio.to_thread(token_inputs, body, model.tokenizer)
+        self._check_room()
+        job = EmbeddingJob(inputs, caller.salt, caller.tenant, model.name, _parent_of(request))
+        vectors, began_at, status = Vectors(job, model.fleet, self.log), time.monotonic(), "499"
+        self._num_open += 1
+        try:
+            found = await while_connected(request, vectors.run())
+            content = await asyncio.to_thread(embedding_answer, body, found, job.num_tokens, vectors.outcome)
+            status = "200"
+            return Response(content, media_type="application/json", headers=_headers_of(vectors.outcome.decision))
+        except ForeshoreError as error:
+            status = str(status_of(error))
+            raise
+        finally:
+            self._num_open -= 1
+            self.metrics.requests.labels("embedding", status).inc()
+            self.metrics.record(model.name, job.num_tokens, vectors.outcome, time.monotonic() - began_at)
+
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
         await self._caller(request)
@@ -153,11 +181,14 @@ class Gateway:
             )
         return model
 
+    def _check_room(self) -> None:
+        if self._num_open >= MAX_OPEN_REQUESTS:
+            raise UnavailableError(f"{self._num_open} requests are open", remedy="try again soon")
+
     async def _answer(
         self, request: Request, caller: Caller, model: ServedModel, body: Sampling, prompts: list[list[int]]
     ) -> Response:
-        if self._num_open >= MAX_OPEN_REQUESTS:
-            raise UnavailableError(f"{self._num_open} requests are open", remedy="try again soon")
+        self._check_room()
         answer = _prepare(request, caller, model, body, prompts, self.log)
         self._num_open += 1
         answer.choices.start()
@@ -245,6 +276,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.completions, methods=["POST"])
+    app.add_api_route("/v1/embeddings", gateway.embeddings, methods=["POST"])
     app.add_api_route("/v1/models", gateway.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", gateway.get_model, methods=["GET"])
     app.add_api_route("/decisions/{decision_id}", gateway.decision, methods=["GET"])
@@ -280,7 +312,7 @@ def _prepare(
             f"{len(prompts)} prompts with n={body.num_choices}", remedy=f"at most {MAX_CHOICES} choices", param="n"
         )
     generations = []
-    parent = (request.headers.get("x-foreshore-decision") or "")[:64] or None
+    parent = _parent_of(request)
     for prompt in prompts:
         sampling = body.sampling(_max_tokens(body, model, len(prompt)), num_logprobs)
         for index in range(body.num_choices):
@@ -328,6 +360,18 @@ def _prompts(body: CompletionBody, tokenizer: ChatTokenizer) -> list[list[int]]:
     return prompts
 
 
+def _headers_of(decision: Decision | None) -> dict[str, str]:
+    location = {"x-foreshore-location": "cloud"}
+    if decision is None:
+        return location
+    reason = decision.reason.encode("ascii", "replace").decode()[:400]
+    return {"x-foreshore-decision": decision.decision_id, "x-foreshore-reason": reason, **location}
+
+
+def _parent_of(request: Request) -> str | None:
+    return (request.headers.get("x-foreshore-decision") or "")[:64] or None
+
+
 def _model_object(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "foreshore"}
 
@@ -365,8 +409,7 @@ async def _with_heartbeats(choices: Choices) -> AsyncIterator[Piece | None]:
 
 
 async def _close_when_gone(request: Request, choices: Choices) -> None:
-    while not await request.is_disconnected():  # noqa: ASYNC110 - ASGI offers a question only
-        await asyncio.sleep(_WATCH_S)
+    await wait_until_gone(request)
     await choices.abandon()
 
 

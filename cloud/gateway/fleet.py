@@ -13,9 +13,9 @@ import grpc
 
 from cloud.serving.breaker import Breaker
 from cloud.serving.router import PREFIX_BYTES, WorkerView
-from cloud.serving.rpc import OPTIONS, PROTOCOL_VERSION, credentials_metadata, engine_stub
+from cloud.serving.rpc import OPTIONS, PROTOCOL_VERSION, credentials_metadata, engine_stub, error_from
 from wire import engine_pb2 as pb
-from wire.errors import InvalidInputError
+from wire.errors import ForeshoreError, InvalidInputError, NotAllowedError, NotAuthenticatedError, UnavailableError
 
 POLL_S = 0.5
 _POLL_TIMEOUT_S = 3.0
@@ -84,6 +84,13 @@ class WorkerLink:
         self.status = status
         self._seen_at = self._clock()
 
+    def error_of(self, rpc_error: Any) -> ForeshoreError:
+        """What a failed call to this worker means to a client of the gateway, who is not the one it refuses."""
+        cause = error_from(rpc_error)
+        if isinstance(cause, (NotAuthenticatedError, NotAllowedError)):
+            return UnavailableError(f"worker {self.spec.name} refuses this gateway", remedy="check --worker-token-file")
+        return cause
+
     def record_failure(self) -> None:
         """A request failed here: pause the worker and forget what it said."""
         self.breaker.record_failure(self._clock())
@@ -114,6 +121,7 @@ class WorkerLink:
             num_waiting_tokens=status.num_waiting_tokens,
             kv_usage=1 - status.num_free_blocks / max(1, status.num_blocks),
             prefixes=self._prefixes,
+            embedding_size=status.embedding_size,
             age_s=round(now - self._seen_at, 3),
         )
 

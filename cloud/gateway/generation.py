@@ -22,15 +22,13 @@ from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet
 from cloud.serving.block_pool import chain_root, hash_blocks
 from cloud.serving.router import PREFIX_BYTES, Route, RouteQuery, WorkerView, route
-from cloud.serving.rpc import PROTOCOL_VERSION, error_from
+from cloud.serving.rpc import PROTOCOL_VERSION
 from wire import engine_pb2 as pb
 from wire.decision import Decision
 from wire.errors import (
     ConflictError,
     ForeshoreError,
     InvalidInputError,
-    NotAllowedError,
-    NotAuthenticatedError,
     OverloadedError,
     UnavailableError,
 )
@@ -201,12 +199,7 @@ class Generation:
         except TimeoutError as error:
             raise UnavailableError(f"worker {link.spec.name} sent nothing for {timeout:g} s") from error
         except grpc.aio.AioRpcError as error:
-            cause = error_from(error)
-            if isinstance(cause, (NotAuthenticatedError, NotAllowedError)):
-                cause = UnavailableError(
-                    f"worker {link.spec.name} refuses this gateway", remedy="check --worker-token-file"
-                )
-            raise cause from error
+            raise link.error_of(error) from error
         finally:
             link.num_in_flight -= 1
             call.cancel()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from wire.embeddings import EmbeddingRequest
 from wire.errors import InvalidInputError
 
 MAX_CHOICES = 16
@@ -186,6 +187,14 @@ def parse_completion(raw: bytes) -> CompletionBody:
         raise _refusal(error) from error
     body.check_supported()
     return body
+
+
+def parse_embedding(raw: bytes) -> EmbeddingRequest:
+    """Parse a body of /v1/embeddings; raises `InvalidInputError` that names the field."""
+    try:
+        return EmbeddingRequest.model_validate_json(raw)
+    except ValidationError as error:
+        raise _refusal(error) from error
 
 
 def _refusal(error: ValidationError) -> InvalidInputError:

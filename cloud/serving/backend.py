@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from cloud.serving.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Batch:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64: where each token's key and value go
     sequences: Sequence[SequencePlan]
-    sampled_rows: Tensor  # [R] int64: rows whose logits are wanted, one per sampled sequence
+    output_rows: Tensor  # [R] int64: rows whose last hidden states are wanted, to draw from or to pool
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The vector of a whole input: float32 [hidden], of length 1, on the host."""
+
+    vector: np.ndarray[Any, np.dtype[np.float32]]
+
+
+StepResult = SampledToken | Embedding | None  # what a step gives for one chunk
 
 
 class Backend(Protocol):

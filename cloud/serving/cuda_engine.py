@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cloud.serving.backend import SampledToken
 from cloud.serving.cuda_runner import CudaRunner, InFlight
 from cloud.serving.cuda_step import UNKNOWN_TOKEN
 from cloud.serving.engine import Engine, StepEvent
@@ -87,8 +88,9 @@ class OverlappedEngine(Engine):
         if pending is None:
             return []
         events = []
-        for chunk, token, index in zip(pending.chunks, pending.flight.wait(), pending.token_index, strict=True):
+        for chunk, result, index in zip(pending.chunks, pending.flight.wait(), pending.token_index, strict=True):
             request = chunk.request
+            token, embedding = (result, None) if isinstance(result, SampledToken) else (None, result)
             if token is not None and index is None:
                 continue  # it had stopped before this token
             if token is not None and index is not None:
@@ -105,6 +107,7 @@ class OverlappedEngine(Engine):
                     request.finish_reason if is_last else None,
                     request.num_cached_tokens or 0,
                     tuple(pending.parked.get(request.request_id, ())),
+                    embedding,
                 )
             )
         return events

@@ -5,7 +5,8 @@ so the next step may be launched before this one's tokens are known. `run` is bo
 
 A running request owns a row (of `latest` and of the host's block tables) until it leaves the batch. Graphs end with
 the plain greedy tokens; other draws follow in kernels of their own (`cuda_draws`) and are the CPU sampler's, so a
-sequence may change workers. Only where the host needs the logits are they copied there.
+sequence may change workers. Only where the host needs the logits are they copied there. Embeddings are pooled on the
+device and come with the step's tokens, in the same wait.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cloud.serving.backend import SampledToken
+from cloud.serving.backend import Embedding, SampledToken, StepResult
 from cloud.serving.cuda_draws import CudaDraws
 from cloud.serving.cuda_step import UNKNOWN_TOKEN, CudaStep, StepShape, padded_step
 from cloud.serving.kv_pool import KvPool
 from cloud.serving.models.decoder import Decoder
+from cloud.serving.pooler import Pooled, Pooler
 from cloud.serving.request import Request
 from cloud.serving.runner import sampling_row
 from cloud.serving.sampler import sample
@@ -51,15 +53,19 @@ class InFlight:
     host: Tensor
     event: Any
     drawn: list[SampledToken] | None = None
+    pooled: Pooled | None = None  # on the host once `event` has happened
 
-    def wait(self) -> list[SampledToken | None]:
-        """Per chunk in the order given to `launch`: its token, or None where none is drawn."""
+    def wait(self) -> list[StepResult]:
+        """Per chunk in the order given to `launch`: its token or its embedding, or None where there is none."""
         if self.event is not None:
             self.event.synchronize()
-        out: list[SampledToken | None] = [None] * self.num_chunks
+        out: list[StepResult] = [None] * self.num_chunks
         tokens = self.drawn or [SampledToken(token) for token in self.host[: len(self.order)].tolist()]
         for position, token in zip(self.order, tokens, strict=True):
             out[position] = token
+        if self.pooled is not None:
+            for position, vector in zip(self.pooled.positions, self.pooled.vectors, strict=True):
+                out[position] = Embedding(vector.numpy().copy())
         return out
 
 
@@ -101,6 +107,7 @@ class CudaRunner:
         self._processors = torch.cuda.get_device_properties(self.device).multi_processor_count if self.is_cuda else 4
         self._num_kv_heads = kv.layout.num_kv_heads
         self.step = CudaStep(decoder, kv, config.max_running + 1, 64, config.max_context_tokens)
+        self.pooler = Pooler()
         self._draws = CudaDraws(self.step.latest, decoder.config.vocab_size)
         self._tables = np.zeros((config.max_running + 1, self.max_blocks), dtype=np.int32)
         self._row_by_request: dict[Request, _Row] = {}  # not by id: an id may come again
@@ -123,7 +130,7 @@ class CudaRunner:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                drawn, logits = self.step.forward(flat, shape)
+                drawn, logits, _ = self.step.forward(flat, shape)
             pool = graph.pool()
             self._graphs[size] = (shape, graph, flat, drawn, logits)
 
@@ -141,7 +148,7 @@ class CudaRunner:
             fields["context_lens"][:] = fields["prefill_starts"][1] = size
             self.step.forward(torch.from_numpy(flat).to(self.device), shape)
 
-    def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | None]:
+    def run(self, chunks: Sequence[Chunk]) -> list[StepResult]:
         """See `cloud.serving.runner.Runner`."""
         return self.launch(chunks).wait()
 
@@ -158,6 +165,7 @@ class CudaRunner:
         drawing = _Drawing(sampled, requests, [self._row(request) for request in requests])
         if drawing.is_on_device:
             self._draws.count(requests, drawing.rows)
+        pooled: Pooled | None = None
         size = len(decodes)
         graph_size = None if prefills else next((g for g in sorted(self._graphs) if g >= size), None)
         if graph_size is not None:
@@ -166,37 +174,65 @@ class CudaRunner:
             graph.replay()
         else:
             num_tokens = size + sum(chunks[i].num_tokens for i in prefills)
-            shape = self._shape(num_tokens, size, len(prefills), len(sampled))
+            is_pooling = any(chunks[i].request.pooling is not None for i in prefills)
+            shape = self._shape(num_tokens, size, len(prefills), len(sampled), is_pooling)
             flat = torch.empty(shape.size, dtype=torch.int32, device=self.device)
             self._copy_in(self._fill(chunks, decodes, prefills, sampled, shape), flat)
-            drawn, logits = self.step.forward(flat, shape)
-        return self._collect(len(chunks), drawing, drawn, logits)
+            drawn, logits, hidden = self.step.forward(flat, shape)
+            if hidden is not None:
+                pooled = self._pool(chunks, prefills, hidden[size:])
+        return self._collect(len(chunks), drawing, drawn, logits, pooled)
 
-    def _collect(self, num_chunks: int, drawing: _Drawing, drawn: Tensor, logits: Tensor) -> InFlight:
+    def _pool(self, chunks: Sequence[Chunk], prefills: list[int], hidden: Tensor) -> Pooled | None:
+        """Embeddings that this step completes, on their way to the host; `hidden` has the rows of the prefills."""
+        pooling = [chunks[i] for i in prefills]
+        states = hidden.split([chunk.num_tokens for chunk in pooling])
+        wanted = [slice(chunk.output_rows.start, chunk.output_rows.stop) for chunk in pooling]
+        pooled = self.pooler.pool(pooling, [part[rows] for part, rows in zip(states, wanted, strict=True)])
+        if pooled is None:
+            return None
+        positions = [prefills[number] for number in pooled.positions]
+        return Pooled(positions, self._to_host(pooled.vectors) if self.is_cuda else pooled.vectors)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        """Where the tensor will be on the host once the device has come to this point."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return host
+
+    def _collect(
+        self, num_chunks: int, drawing: _Drawing, drawn: Tensor, logits: Tensor, pooled: Pooled | None
+    ) -> InFlight:
         sampled, requests, rows = drawing.order, drawing.requests, drawing.rows
         count = len(sampled)
         if drawing.is_on_host:
             tokens = sample(logits[:count].float().cpu(), [sampling_row(request) for request in requests])
             ids = torch.tensor([token.token_id for token in tokens], dtype=torch.int32, device=self.device)
             self.step.latest[torch.tensor(rows, device=self.device)] = ids
-            return InFlight(sampled, num_chunks, None, None, tokens)
+            return InFlight(sampled, num_chunks, None, self._mark() if pooled else None, tokens, pooled)
         if drawing.is_on_device:
             self._draws.draw(logits[:count], drawn[:count], requests, rows)
         if not self.is_cuda:
-            return InFlight(sampled, num_chunks, drawn.clone(), None)
-        host = torch.empty(count, dtype=torch.int32, pin_memory=True)
-        host.copy_(drawn[:count], non_blocking=True)
+            return InFlight(sampled, num_chunks, drawn.clone(), None, pooled=pooled)
+        return InFlight(sampled, num_chunks, self._to_host(drawn[:count]), self._mark(), pooled=pooled)
+
+    def _mark(self) -> Any:
+        """An event that happens when the device has come to this point; None without a device."""
+        if not self.is_cuda:
+            return None
         event = torch.cuda.Event()
         event.record()
-        return InFlight(sampled, num_chunks, host, event)
+        return event
 
-    def _shape(self, num_tokens: int, num_decodes: int, num_prefills: int, num_sampled: int) -> StepShape:
+    def _shape(
+        self, num_tokens: int, num_decodes: int, num_prefills: int, num_sampled: int, is_pooling: bool = False
+    ) -> StepShape:
         splits = 1
         if 0 < num_sampled <= 64:  # what the workspace holds; no step decodes more rows than it samples
             splits = decode_attention.num_splits_for(
                 num_sampled, self._num_kv_heads, self.config.max_context_tokens, self._processors
             )
-        return StepShape(num_tokens, num_decodes, num_prefills, num_sampled, self.max_blocks, splits)
+        return StepShape(num_tokens, num_decodes, num_prefills, num_sampled, self.max_blocks, splits, is_pooling)
 
     def _fill(
         self, chunks: Sequence[Chunk], decodes: list[int], prefills: list[int], sampled: list[int], shape: StepShape

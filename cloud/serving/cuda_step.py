@@ -7,7 +7,8 @@ Rules, in order:
 3. Nothing here looks at a value on the device, so nothing waits.
 
 Decoding rows come first in a step; the chunks of prefill follow. In the last layer only sampled rows ask: each is the
-last token of its context, so decode attention serves them all.
+last token of its context, so decode attention serves them all. A step that pools embeddings computes all its rows to
+the end; it has prefill, so it is never a graph.
 """
 
 from __future__ import annotations
@@ -38,11 +39,17 @@ class StepShape:
     num_sampled: int
     num_blocks: int  # columns of the block tables
     num_splits: int
+    is_pooling: bool = False  # hidden states of all rows are wanted
 
     @property
     def num_sequences(self) -> int:
         """Decoding rows and prefill chunks."""
         return self.num_decodes + self.num_prefills
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last layer computes the sampled rows only."""
+        return self.num_prefills > 0 and not self.is_pooling
 
     def sizes(self) -> dict[str, int]:
         """Fields of the flat buffer, in order, with their lengths."""
@@ -102,27 +109,31 @@ class CudaStep:
             num_rows if max_splits <= 1 else min(num_rows, 64), config.num_heads, config.head_dim, max_splits, device
         )
 
-    def forward(self, flat: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
-        """(greedy tokens int32 [R], logits [R, vocab]) of the sampled rows; KV of all tokens is written."""
+    def forward(self, flat: Tensor, shape: StepShape) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(greedy tokens int32 [R], logits [R, vocab]) of the sampled rows; KV of all tokens is written.
+
+        The third is [T, hidden], the states after the last norm, of a step that pools, and None of any other.
+        """
         fields = shape.views(flat)
         weights, config = self.decoder.weights, self.decoder.config
         eps = config.norm_eps
         residual = tokens.embed(fields["tokens"], fields["token_rows"], self.latest, weights.embedding)  # [T, hidden]
         if shape.num_tokens == shape.num_decodes <= GEMV_ROWS and not isinstance(weights.head, quant.QuantWeight):
             logits = self._forward_few(residual, fields, shape)
-            return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits
+            return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits, None
         x = norm.rms_norm(residual, weights.layers[0].input_norm, eps, torch.empty_like(residual))
         for index, layer in enumerate(weights.layers):
             qkv = _product(x, layer.qkv, layer.qkv_bias)
-            if index + 1 == config.num_layers and shape.num_prefills:
+            if index + 1 == config.num_layers and shape.is_cut:
                 residual = residual[fields["sampled"]]
             x = _product(self._attend(qkv, index, fields, shape), layer.output, layer.output_bias)
             x = norm.add_rms_norm(x, residual, layer.post_norm, eps, x)
             x = self._mlp(x, layer)
             following = weights.layers[index + 1].input_norm if index + 1 < config.num_layers else weights.norm
             x = norm.add_rms_norm(x, residual, following, eps, x)
-        logits = _product(x, weights.head)
-        return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits
+        hidden = x if shape.is_pooling else None
+        logits = _product(x if hidden is None else x[fields["sampled"]], weights.head)
+        return tokens.pick_best(logits, fields["sampled_rows"], self.latest), logits, hidden
 
     def _forward_few(self, residual: Tensor, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
         """Logits of a step of a few decoding rows: every product takes over what stands around it."""
@@ -157,7 +168,7 @@ class CudaStep:
     def _attend(self, qkv: Tensor, index: int, fields: dict[str, Tensor], shape: StepShape) -> Tensor:
         """Attention's output [T, heads * head_dim] of a layer; the step's keys and values are in its cache after.
 
-        In the last layer of a step with prefill the output has the sampled rows only.
+        In the last layer of a step with prefill the output has the sampled rows only, unless the step pools.
         """
         config, layer = self.decoder.config, self.decoder.weights.layers[index]
         k_cache, v_cache = self.kv.keys[index], self.kv.values[index]
@@ -166,7 +177,7 @@ class CudaStep:
         kv_cache.rotary_and_write(qkv, fields["positions"], fields["slots"], self.cos_sin, k_cache, v_cache, q, norms)
         tables, lens, scale = fields["tables"], fields["context_lens"], self.decoder.scale
         first, starts = shape.num_decodes, fields["prefill_starts"]
-        is_cut = index + 1 == config.num_layers and shape.num_prefills > 0
+        is_cut = index + 1 == config.num_layers and shape.is_cut
         if is_cut:
             sequences = fields["sampled_sequences"]
             q, tables, lens, first = q[fields["sampled"]], tables[sequences], lens[sequences], shape.num_sampled

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from cloud.serving.backend import SampledToken
+from cloud.serving.backend import Embedding, SampledToken
 from cloud.serving.block_pool import BlockPool, chain_root
 from cloud.serving.guide import Guides
 from cloud.serving.kv_pool import KvLayout, KvPool
 from cloud.serving.packed_linear import BITS
-from cloud.serving.request import FinishReason, Request
+from cloud.serving.pooler import DEFAULT_POOLING, read_pooling
+from cloud.serving.request import FinishReason, Pooling, Request
 from cloud.serving.runner import EagerRunner, Runner
 from cloud.serving.scheduler import Scheduler, SchedulerConfig
 from cloud.serving.torch_backend import TorchBackend
@@ -43,19 +46,22 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What a step did for one request: a new token, new blocks for a receiver, or the end. Safe in any thread."""
+    """What a step did for one request: a token, an embedding, blocks for a receiver, or the end. Safe in any thread."""
 
     request_id: str
     token: SampledToken | None
     finish_reason: FinishReason | None
     num_cached_tokens: int
     blocks: tuple[tuple[int, int], ...] = ()  # (index, block) of a prefill-only request, to be unparked when sent
+    embedding: Embedding | None = None
 
 
 class Engine:
     """Everything one worker needs to turn tokens into tokens."""
 
     guides: Guides | None = None  # set where the model's tokenizer is known
+    pooling: Pooling = DEFAULT_POOLING  # of this model's embeddings
+    embedding_size: int = 0
 
     def __init__(self, runner: Runner, scheduler: Scheduler, kv: KvPool, fingerprint: str, vocab_size: int) -> None:
         self.runner = runner
@@ -86,10 +92,11 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        sampled = self.runner.run(chunks)
-        parked = self.scheduler.complete(chunks, [token.token_id if token else None for token in sampled])
+        results = self.runner.run(chunks)
+        tokens = [result if isinstance(result, SampledToken) else None for result in results]
+        parked = self.scheduler.complete(chunks, [token.token_id if token else None for token in tokens])
         self.num_steps += 1
-        self.num_output_tokens += sum(1 for token in sampled if token)
+        self.num_output_tokens += sum(1 for token in tokens if token)
         self.num_prefill_tokens += sum(
             chunk.num_tokens for chunk in chunks if chunk.start < chunk.request.num_prompt_tokens
         )
@@ -100,9 +107,23 @@ class Engine:
                 chunk.request.finish_reason,
                 chunk.request.num_cached_tokens or 0,
                 tuple(parked.get(chunk.request.request_id, ())),
+                result if isinstance(result, Embedding) else None,
             )
-            for chunk, token in zip(chunks, sampled, strict=True)
+            for chunk, token, result in zip(chunks, tokens, results, strict=True)
         ]
+
+    def embed(self, requests: Sequence[Request]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Run these requests with `pooling`; their vectors, float32 [hidden] of length 1. For tests and benchmarks."""
+        found: dict[str, Any] = {}
+        for request in requests:
+            self.scheduler.add(request)
+        while any(request.request_id not in found for request in requests):
+            before = self.num_steps
+            events = self.step()
+            if not events and self.num_steps == before:
+                raise InvalidInputError("the engine cannot make progress", remedy="give it more KV blocks")
+            found |= {event.request_id: event.embedding.vector for event in events if event.embedding is not None}
+        return [found[request.request_id] for request in requests]
 
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """Run these requests to the end and return their outputs. For tests and benchmarks."""
@@ -127,7 +148,7 @@ def build_engine(config: EngineConfig) -> Engine:
         raise InvalidInputError(f"dtype {config.dtype!r} is unknown", remedy=f"auto, {', '.join(_DTYPES)}")
     if is_packed and dtype != "bfloat16":
         raise InvalidInputError(f"{config.weight_bits}-bit weights with dtype {dtype}", remedy="use bfloat16 or auto")
-    model = load_config(config.model)
+    model, pooling = load_config(config.model), read_pooling(config.model)
     layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
     max_context = min(config.scheduler.max_context_tokens, model.max_positions)
     limits = replace(config.scheduler, max_context_tokens=max_context)
@@ -140,7 +161,7 @@ def build_engine(config: EngineConfig) -> Engine:
     guides = Guides(config.model, model.vocab_size, model.eos_token_ids)
     if not is_gpu:
         engine = Engine(EagerRunner(decoder, kv), scheduler, kv, fingerprint, model.vocab_size)
-        engine.guides = guides
+        engine.guides, engine.pooling, engine.embedding_size = guides, pooling, model.hidden_size
         return engine
     from cloud.serving.cuda_engine import OverlappedEngine  # Triton is an extra
     from cloud.serving.cuda_runner import CudaConfig, CudaRunner
@@ -148,7 +169,7 @@ def build_engine(config: EngineConfig) -> Engine:
     runner = CudaRunner(decoder, kv, CudaConfig(limits.max_running, max_context))
     runner.capture()
     overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
-    overlapped.guides = guides
+    overlapped.guides, overlapped.pooling, overlapped.embedding_size = guides, pooling, model.hidden_size
     return overlapped
 
 

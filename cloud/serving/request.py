@@ -29,6 +29,14 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     PREFILLED = "prefilled"
+    EMBEDDED = "embedded"
+
+
+class Pooling(StrEnum):
+    """How the last hidden states of a prompt become one vector: their mean, or the one of the last token."""
+
+    MEAN = "mean"
+    LAST = "last"
 
 
 class State(StrEnum):
@@ -110,7 +118,8 @@ class Request:
     """One sequence. The scheduler moves it, the runner reads it; nobody else changes it.
 
     `chain_root` is what the first block's hash starts from: the model and the tenant's salt (`block_pool.chain_root`).
-    A prefill-only request computes whole blocks for another worker and emits no token.
+    A prefill-only request computes whole blocks for another worker and emits no token; one with `pooling` emits one
+    vector and no token.
     """
 
     request_id: str
@@ -120,6 +129,7 @@ class Request:
     num_prompt_tokens: int = -1  # set to len(token_ids) when not given
     priority: int = 0  # lower runs first
     is_prefill_only: bool = False
+    pooling: Pooling | None = None
     guide: Guide | None = None
 
     # the scheduler's book-keeping
@@ -140,6 +150,11 @@ class Request:
             raise InvalidInputError("the prompt has no tokens", remedy="send at least one token", param="prompt")
         if self.num_prompt_tokens < 0:
             self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether tokens are drawn: the prompt is not all."""
+        return not self.is_prefill_only and self.pooling is None
 
     @property
     def num_tokens(self) -> int:

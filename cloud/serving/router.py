@@ -3,7 +3,8 @@
 Rules, in order:
 1. Out: workers that are unreachable, draining, tried already, or whose context is too small; pairs whose caches differ.
 2. Workers are used in their role. Only when no worker in the right role is left may another one do the whole job.
-3. The lowest cost wins. Costs are in prompt tokens' worth of work: what must be computed after prefix hits, dearer on a
+3. An embedding is prompt only: one worker computes it, and a prefill worker is in its role there.
+4. The lowest cost wins. Costs are in prompt tokens' worth of work: what must be computed after prefix hits, dearer on a
    decode worker because it delays running answers; what must be moved; and what waits there already.
 
 No clock, no network, no torch: views of the workers come in, a `Decision` goes out.
@@ -47,16 +48,21 @@ class WorkerView:
     num_waiting_tokens: int = 0
     kv_usage: float = 0.0
     prefixes: frozenset[bytes] = frozenset()
+    embedding_size: int = 0  # 0: it cannot embed
     age_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class RouteQuery:
-    """A request to place: its length and, per fingerprint of the cache, the shortened names of its full blocks."""
+    """A request to place: its length and, per fingerprint of the cache, the shortened names of its full blocks.
+
+    `num_longest` makes it an embedding: the longest of its inputs, `num_tokens` being those of all.
+    """
 
     num_tokens: int
     prefixes_by_fingerprint: Mapping[str, Sequence[bytes]] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()  # workers that failed this request already
+    num_longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def route(query: RouteQuery, workers: Sequence[WorkerView], *, decision_id: str,
     pairs: dict[str, tuple[WorkerView, WorkerView | None]] = {}
     candidates: list[Candidate] = []
     fit = [w for w in workers if not reasons[w.name]]
-    has_decoder = any(w.role != "prefill" for w in fit)
+    is_embedding = query.num_longest is not None
+    has_decoder = any(w.role != "prefill" for w in fit) and not is_embedding
     for worker in workers:
         excluded = reasons[worker.name]
         if not excluded and worker.role == "prefill" and has_decoder:
@@ -83,7 +90,7 @@ def route(query: RouteQuery, workers: Sequence[WorkerView], *, decision_id: str,
         candidates.append(Candidate(worker.name, terms, excluded))
         pairs[worker.name] = (worker, None)
     for decode in fit:
-        if decode.role != "decode":
+        if decode.role != "decode" or is_embedding:
             continue
         for prefill in (w for w in workers if w.role == "prefill"):
             name = f"{prefill.name} > {decode.name}"
@@ -123,9 +130,21 @@ def _unfit(worker: WorkerView, query: RouteQuery) -> tuple[str, ...]:
     reasons = list(worker.unfit)
     if worker.name in query.excluded:
         reasons.append("failed this request already")
+    if query.num_longest is not None:
+        return (*reasons, *_unfit_to_embed(worker, query.num_longest))
     if worker.max_context_tokens and query.num_tokens >= worker.max_context_tokens:
         reasons.append(f"context holds {worker.max_context_tokens} tokens, the prompt has {query.num_tokens}")
     return tuple(reasons)
+
+
+def _unfit_to_embed(worker: WorkerView, num_longest: int) -> tuple[str, ...]:
+    if worker.unfit:
+        return ()
+    if not worker.embedding_size:
+        return ("cannot embed",)
+    if num_longest > worker.max_context_tokens:
+        return (f"context holds {worker.max_context_tokens} tokens, an input has {num_longest}",)
+    return ()
 
 
 def _alone_terms(worker: WorkerView, query: RouteQuery) -> dict[str, float]:

@@ -8,6 +8,8 @@ Rules, in order:
    blocks are freed (their names stay findable), its tokens stay, and it is computed again later.
 4. A waiting request is admitted when its known tokens fit, strongest first; cached prefixes are not computed again.
 5. The queue is bounded; a full queue refuses with the time after which trying again makes sense.
+6. An embedding is a prompt without an answer. A mean over all tokens starts at the first one, whatever is cached; it
+   starts again after a preemption.
 
 Pure: no torch, no clock. `schedule` decides, `complete` records what a step produced.
 """
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cloud.serving.block_pool import BlockPool
-from cloud.serving.request import FinishReason, Request, State
+from cloud.serving.request import FinishReason, Pooling, Request, State
 from wire.errors import ConflictError, InvalidInputError, OverloadedError
 
 ParkedBlocks = dict[str, list[tuple[int, int]]]
@@ -28,7 +30,7 @@ ParkedBlocks = dict[str, list[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of one engine. `max_context_tokens` bounds prompt plus output."""
+    """Limits of one engine. `max_context_tokens` bounds prompt plus output, or the input of an embedding."""
 
     max_batch_tokens: int = 1024
     max_chunk_tokens: int = 256
@@ -60,7 +62,19 @@ class Chunk:
     @property
     def is_sampled(self) -> bool:
         """True when this chunk reaches the last known token, so the next one is drawn from its last row."""
-        return self.end == self.request.num_tokens and not self.request.is_prefill_only
+        return self.end == self.request.num_tokens and self.request.is_generating
+
+    @property
+    def is_last_of_input(self) -> bool:
+        """True when this chunk completes the vector of an embedding."""
+        return self.end == self.request.num_tokens and self.request.pooling is not None
+
+    @property
+    def output_rows(self) -> range:
+        """Tokens of the chunk whose last hidden states are used: to draw from, or to pool."""
+        if self.request.pooling is Pooling.MEAN:
+            return range(self.num_tokens)
+        return range(self.num_tokens - 1, self.num_tokens) if self.is_sampled or self.is_last_of_input else range(0)
 
 
 class Scheduler:
@@ -90,9 +104,16 @@ class Scheduler:
             r.num_uncomputed_tokens for r in self.running if r.num_uncomputed_tokens > 1
         )
 
-    def check_admission(self, num_tokens: int) -> None:
+    def check_admission(self, num_tokens: int, *, is_embedding: bool = False) -> None:
         """Raise what `add` would raise for a prompt of this size, before any work is spent on it."""
-        if num_tokens >= self.max_tokens:
+        if is_embedding and num_tokens > self.max_tokens:
+            raise InvalidInputError(
+                f"the input has {num_tokens} tokens and the context holds {self.max_tokens}",
+                remedy=f"send at most {self.max_tokens} tokens per input",
+                param="input",
+                reason="context_length_exceeded",
+            )
+        if not is_embedding and num_tokens >= self.max_tokens:
             raise InvalidInputError(
                 f"the prompt has {num_tokens} tokens and the context holds {self.max_tokens} with the answer",
                 remedy=f"send fewer than {self.max_tokens} tokens",
@@ -106,7 +127,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises for a prompt that can never fit, a full queue, or an id in use."""
-        self.check_admission(request.num_tokens)
+        self.check_admission(request.num_tokens, is_embedding=request.pooling is not None)
         if request.request_id in self._by_id or request.request_id in self._parked:
             raise ConflictError(f"request id {request.request_id!r} is in use", remedy="use a fresh id per request")
         self._arrivals += 1
@@ -234,6 +255,8 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """Cached blocks to start from; the last token is always computed, because the next one is drawn from it."""
+        if request.pooling is Pooling.MEAN:
+            return []
         size = self.pool.block_size
         usable = (request.num_tokens - 1) // size
         if request.is_prefill_only:
@@ -243,7 +266,7 @@ class Scheduler:
 
     def _can_start(self, request: Request, hits: list[int]) -> bool:
         """Whether all known tokens and one more block fit, so that admission does not lead straight to preemption."""
-        needed = self._num_blocks_for(request.num_tokens + 1) - len(hits)
+        needed = self._num_blocks_for(request.num_tokens + (request.pooling is None)) - len(hits)
         leaving = self.pool.num_free_among(hits)
         returning = sum(1 for b in request.held_block_ids if self.pool.references(b) == 1 and b not in hits)
         slack = 1 if self.running else 0
@@ -302,6 +325,8 @@ class Scheduler:
     def _finish_reason(self, request: Request, token: int | None) -> FinishReason | None:
         if request.is_prefill_only:
             return FinishReason.PREFILLED if request.num_uncomputed_tokens == 0 else None
+        if request.pooling is not None:
+            return FinishReason.EMBEDDED if request.num_uncomputed_tokens == 0 else None
         if token is None:
             return None
         if token in request.params.stop_token_ids or (token in self.eos_token_ids and not request.params.ignore_eos):

@@ -28,8 +28,8 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 def load_config(folder: Path) -> DecoderConfig:
     """Read `config.json` (and the end-of-sequence ids of `generation_config.json`, which chat models need)."""
-    data = _read_json(folder / "config.json", required=True)
-    generation = _read_json(folder / "generation_config.json", required=False)
+    data = _read_object(folder / "config.json", required=True)
+    generation = _read_object(folder / "generation_config.json", required=False)
     if generation.get("eos_token_id") is not None:
         data = {**data, "eos_token_id": generation["eos_token_id"]}
     architectures = data.get("architectures") or []
@@ -121,7 +121,12 @@ class _Shards:
         self._stack.close()
 
     def find(self, name: str) -> Tensor | None:
-        """The tensor, converted and on the device; None when no shard has it."""
+        """The tensor, converted and on the device; None when no shard has it.
+
+        A model without a head, as models for embeddings are saved, has the same names without `model.`.
+        """
+        if name not in self._file_by_name:
+            name = name.removeprefix("model.")
         file = self._file_by_name.get(name)
         return None if file is None else file.get_tensor(name).to(self._device, self._dtype)
 
@@ -147,17 +152,22 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path, *, required: bool) -> Mapping[str, Any]:
+def _read_object(path: Path, *, required: bool) -> Mapping[str, Any]:
     if not path.is_file():
         if required:
             raise UnsupportedModelError(f"{path} is missing", remedy="give a Hugging Face style folder")
         return {}
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UnsupportedModelError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", remedy="check the folder")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnsupportedModelError(f"{path} is not JSON: {error}", remedy="check the file") from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UnsupportedModelError(f"{path} does not hold an object", remedy="check the file")
     return data
+
+
+def read_json(path: Path) -> Any:
+    """The content of a small JSON file of a model folder; raises `UnsupportedModelError`."""
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise UnsupportedModelError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes", remedy="check the folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not JSON: {error}", remedy="check the file") from error

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 
-from cloud.serving.backend import SampledToken
+from cloud.serving.backend import Embedding, SampledToken
 from cloud.serving.engine_thread import EngineThread
 from cloud.serving.handoff import make_part, split_layers
 from cloud.serving.prefill_client import PrefillClient, Received
@@ -47,7 +48,7 @@ class WorkerConfig:
 
 
 class EngineService(EngineServicer):
-    """The four calls of `wire/engine.proto`."""
+    """The calls of `wire/engine.proto`."""
 
     def __init__(self, config: WorkerConfig, engine: EngineThread, client: PrefillClient) -> None:
         self.config = config
@@ -86,6 +87,27 @@ class EngineService(EngineServicer):
                             yield pb.GenerateEvent(finished=pb.Finished(reason=event.finish_reason.value))
         except ForeshoreError as error:
             await abort(context, error)
+
+    async def Embed(self, message: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        """See `engine.proto`."""
+        try:
+            self._check(message)
+            engine = self._engine.engine
+            request = Request(
+                message.request_id,
+                list(message.token_ids),
+                engine.root(message.salt),
+                priority=message.priority,
+                pooling=engine.pooling,
+            )
+            with _registered(self._running, request.request_id):
+                async with self._engine.submit(request) as events:
+                    async for event in events:
+                        if event.embedding is not None:
+                            return _embed_reply(event.embedding, event.num_cached_tokens)
+            raise UnavailableError(f"input {request.request_id!r} was cancelled", remedy="send it again")
+        except ForeshoreError as error:
+            return await abort(context, error)
 
     async def Prefill(self, message: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - gRPC's name
         """See `engine.proto`."""
@@ -239,6 +261,7 @@ class EngineService(EngineServicer):
             prefix_version=pool.version + 1,  # 0 is what a newcomer knows
             handoff_refusals_total=self._num_refusals,
             handoff_bytes_total=self._num_received_bytes,
+            embedding_size=engine.embedding_size,
         )
         return status, b"".join(name[:PREFIX_BYTES] for name in pool.names()[-MAX_REPORTED_PREFIXES:])
 
@@ -311,6 +334,16 @@ def _params(sampling: Any) -> SamplingParams:
         num_logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         json_schema=sampling.json_schema,
     )
+
+
+def _embed_reply(embedding: Embedding, num_cached_tokens: int) -> Any:
+    if not np.isfinite(embedding.vector).all():
+        raise InvalidInputError(
+            "the model gives no finite vector for this input",
+            remedy="run the worker with --dtype float32, or change the input",
+            param="input",
+        )
+    return pb.EmbedReply(vector=embedding.vector.tolist(), cached_tokens=num_cached_tokens)
 
 
 def _token(token: SampledToken) -> Any:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cloud.serving.block_pool import BlockPool, chain_root
-from cloud.serving.request import FinishReason, Request, SamplingParams, State
-from cloud.serving.scheduler import Scheduler, SchedulerConfig
+from cloud.serving.request import FinishReason, Pooling, Request, SamplingParams, State
+from cloud.serving.scheduler import Chunk, Scheduler, SchedulerConfig
 from wire.errors import ForeshoreError
 
 ROOT = chain_root("model", b"tenant")
@@ -20,6 +20,14 @@ def next_token(token_ids: list[int]) -> int:
     return hash(tuple(token_ids)) % 50
 
 
+def note_states(chunk: Chunk) -> None:
+    """Keep what a mean needs: every hidden state from the first one on, each once; a start at 0 begins anew."""
+    seen: list[int] = chunk.request.__dict__.setdefault("seen_positions", [])
+    if chunk.start == 0:
+        seen.clear()
+    seen += [chunk.start + row for row in chunk.output_rows]
+
+
 def run_step(scheduler: Scheduler) -> None:
     chunks = scheduler.schedule()
     config = scheduler.config
@@ -28,6 +36,7 @@ def run_step(scheduler: Scheduler) -> None:
     for chunk in chunks:
         assert 1 <= chunk.num_tokens <= config.max_chunk_tokens
         assert len(chunk.request.block_ids) * BLOCK >= chunk.end, "a chunk without blocks"
+        note_states(chunk)
     scheduler.complete(chunks, [next_token(c.request.token_ids) if c.is_sampled else None for c in chunks])
     scheduler.check_integrity()
 
@@ -49,16 +58,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 40),
         outputs=st.integers(1, 20),
         priority=st.integers(0, 2),
-        prefill_only=st.booleans(),
+        kind=st.sampled_from(("answer", "answer", "prefill", *Pooling)),
     )
-    def add(self, prefix: int, length: int, outputs: int, priority: int, prefill_only: bool) -> None:
+    def add(self, prefix: int, length: int, outputs: int, priority: int, kind: str) -> None:
         request = Request(
             f"r{len(self.accepted)}-{prefix}-{length}",
             [prefix] * length,
             ROOT,
             SamplingParams(max_tokens=outputs),
             priority=priority,
-            is_prefill_only=prefill_only,
+            is_prefill_only=kind == "prefill",
+            pooling=kind if isinstance(kind, Pooling) else None,
         )
         try:
             self.scheduler.add(request)
@@ -68,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def hold_received_blocks(self, data: st.DataObject) -> None:
-        waiting = [r for r in self.scheduler.waiting if not r.held_block_ids]
+        waiting = [r for r in self.scheduler.waiting if not r.held_block_ids and r.pooling is None]
         if not waiting:
             return
         request = data.draw(st.sampled_from(waiting))
@@ -115,6 +125,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
         for request in self.accepted:
             assert request.state is State.FINISHED
+            if request.finish_reason is FinishReason.EMBEDDED:
+                assert request.num_output_tokens == 0
+                first = 0 if request.pooling is Pooling.MEAN else request.num_tokens - 1
+                assert request.__dict__["seen_positions"] == list(range(first, request.num_tokens))
             if request.finish_reason is FinishReason.LENGTH:
                 expected = list(request.token_ids[: request.num_prompt_tokens])
                 while len(expected) < request.num_tokens:

@@ -20,7 +20,7 @@ from cloud.serving.engine import Engine
 from cloud.serving.kv_pool import KvLayout, KvPool
 from cloud.serving.models.decoder import Decoder, DecoderConfig, DecoderWeights, LayerWeights
 from cloud.serving.models.experts import ExpertsConfig
-from cloud.serving.request import FinishReason, Request, SamplingParams
+from cloud.serving.request import FinishReason, Pooling, Request, SamplingParams
 from cloud.serving.runner import EagerRunner
 from cloud.serving.scheduler import Scheduler, SchedulerConfig
 from cloud.serving.torch_backend import TorchBackend
@@ -180,6 +180,48 @@ def test_counts_hold_where_some_draws_are_made_on_the_host():
     model = {"has_qk_norm": True, "has_bias": False}
     engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
     assert engine.generate(make()) == on_cpu(make(), **model)
+
+
+@pytest.mark.parametrize(("pooling", "overlapped"), [(Pooling.MEAN, True), (Pooling.LAST, True), (Pooling.MEAN, False)])
+def test_embeddings_beside_answers_are_those_of_the_cpu_engine(pooling, overlapped):
+    model = {"has_qk_norm": True, "has_bias": False}
+
+    def make() -> tuple[list[Request], list[Request]]:
+        made = make_requests(4)
+        for request in made[:3]:
+            request.pooling = pooling
+        made[4].params = dataclasses.replace(made[4].params, temperature=0.8, seed=3)
+        return made[:3], made[3:]
+
+    kv = KvPool(KvLayout(2, 2, 16, 4, "float32"), 40)
+    inputs, answers = make()
+    cpu = Engine(EagerRunner(make_decoder(torch.device("cpu"), **model), kv), make_scheduler(), kv, "f", 97)
+    wanted = cpu.embed(inputs)
+    engine = on_device(40, overlapped=overlapped, graphs=ON_GPU, **model)
+    inputs, answers = make()
+    for answer in answers:
+        engine.scheduler.add(answer)
+    vectors = engine.embed(inputs)
+    while engine.has_work:
+        engine.step()
+    assert all(abs(mine - theirs).max() < 1e-5 for mine, theirs in zip(vectors, wanted, strict=True))
+    assert [answer.token_ids[answer.num_prompt_tokens :] for answer in answers] == on_cpu(make()[1], **model)
+    assert all(request.finish_reason is FinishReason.EMBEDDED for request in inputs)
+    engine.scheduler.check_integrity()
+    assert engine.pool.num_free == 40
+
+
+def test_an_embedding_beside_a_draw_on_the_host_arrives_too():
+    model = {"has_qk_norm": True, "has_bias": False}
+    engine = on_device(40, overlapped=True, graphs=ON_GPU, **model)
+    answer, embedded = make_requests(3, num_logprobs=1)[:2]
+    embedded.pooling = Pooling.LAST
+    engine.scheduler.add(answer)
+    (vector,) = engine.embed([embedded])
+    assert abs(float((vector**2).sum()) - 1) < 1e-5
+    while engine.has_work:
+        engine.step()
+    assert answer.num_output_tokens == 3
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -70,3 +70,30 @@ def test_a_breaker_opens_longer_after_each_failure_and_closes_after_success() ->
     assert breaker.is_open(1.9)
     breaker.record_success()
     assert not breaker.is_open(1.9)
+
+
+EMBEDDERS = [replace(worker, embedding_size=48) for worker in (PREFILL, DECODE, BOTH)]
+
+
+def test_an_embedding_goes_to_a_worker_that_prefills() -> None:
+    query = RouteQuery(300, num_longest=100)
+    assert choose(query, *EMBEDDERS[:2]) == "p"
+    assert choose(replace(query, excluded=frozenset({"p"})), *EMBEDDERS[:2]) == "d"
+    assert choose(query, replace(EMBEDDERS[2], num_running=30), EMBEDDERS[0]) == "p"
+
+
+def test_an_input_may_fill_the_context_and_all_inputs_together_more() -> None:
+    limit = EMBEDDERS[0].max_context_tokens
+    assert choose(RouteQuery(9 * limit, num_longest=limit), EMBEDDERS[0]) == "p"
+    too_long = RouteQuery(9 * limit, num_longest=limit + 1)
+    result = route(too_long, EMBEDDERS[:1], decision_id="x", decided_at="2026-01-01T00:00:00+00:00")
+    assert result.decode is None
+    assert f"an input has {limit + 1}" in result.decision.reason
+
+
+def test_a_worker_that_cannot_embed_answers_and_does_not_embed() -> None:
+    assert choose(RouteQuery(300), DECODE) == "d"
+    assert choose(RouteQuery(300, num_longest=300), DECODE, EMBEDDERS[2]) == "b"
+    query = RouteQuery(300, num_longest=300)
+    result = route(query, [DECODE], decision_id="x", decided_at="2026-01-01T00:00:00+00:00")
+    assert "cannot embed" in result.decision.reason

@@ -23,6 +23,8 @@ def read_config(
     """The shared fields of all families. Raises `UnsupportedModelError` for a missing or unsupported one."""
     if data.get("use_sliding_window"):
         raise UnsupportedModelError("sliding-window attention is not supported", remedy="use a full-attention model")
+    if data.get("is_causal") is False or data.get("use_bidirectional_attention"):
+        raise UnsupportedModelError("attention in both directions is not supported", remedy="use a causal decoder")
     if data.get("mlp_bias"):
         raise UnsupportedModelError("mlp_bias is not supported", remedy="use a model without MLP biases")
     if data.get("hidden_act", "silu") != "silu":

@@ -94,7 +94,7 @@ class Decoder:
         self.sin = sin.to(weights.embedding.device, weights.embedding.dtype)
 
     def forward(self, batch: Batch, kv: KvPool, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Hidden states of the batch's sampled rows, [R, hidden]. Writes the batch's keys and values into `kv`.
+        """Hidden states of the batch's output rows after the last norm, [R, hidden]. Writes keys and values into `kv`.
 
         `on_layer(i)` is called when layer i has written its keys and values.
         """
@@ -109,8 +109,8 @@ class Decoder:
             if on_layer is not None:
                 on_layer(index)
             if index == len(self.weights.layers) - 1:
-                # the last layer's MLP is needed only for rows that are sampled
-                x, residual = x[batch.sampled_rows], residual[batch.sampled_rows]
+                # the last layer's MLP is needed only for rows that are used
+                x, residual = x[batch.output_rows], residual[batch.output_rows]
             x, residual = backend.add_rms_norm(x, residual, layer.post_norm, eps)
             if self.config.experts is not None:
                 x = mix_experts(x, layer, self.config.experts, backend)

@@ -8,7 +8,7 @@ from typing import Any
 from cloud.serving.models.config import read_config
 from cloud.serving.models.decoder import DecoderConfig
 
-ARCHITECTURES = ("Qwen3ForCausalLM",)
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3Model")
 
 
 def config_from(data: Mapping[str, Any]) -> DecoderConfig:
