@@ -131,7 +131,7 @@ def build_engine(config: EngineConfig) -> Engine:
     layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
     max_context = min(config.scheduler.max_context_tokens, model.max_positions)
     limits = replace(config.scheduler, max_context_tokens=max_context)
-    backend = TorchBackend(weight_bits=config.weight_bits)
+    backend = _backend(config)
     decoder = load_decoder(config.model, model, backend, getattr(torch, dtype), max_context, config.device)
     num_blocks = config.num_blocks or max(1, _pool_bytes(is_gpu) // layout.bytes_per_block)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, model.eos_token_ids)
@@ -150,6 +150,14 @@ def build_engine(config: EngineConfig) -> Engine:
     overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
     overlapped.guides = guides
     return overlapped
+
+
+def _backend(config: EngineConfig) -> TorchBackend:
+    if config.device == "cpu":
+        return TorchBackend(weight_bits=config.weight_bits)
+    from cloud.serving.cuda_backend import CudaBackend  # Triton is an extra
+
+    return CudaBackend(weight_bits=config.weight_bits)
 
 
 def _weights_digest(config: EngineConfig) -> str:

@@ -44,12 +44,10 @@ class TorchBackend:
             return weight.contiguous()
         if weight.dim() != 2:
             raise UnsupportedModelError("the weights of experts cannot be packed", remedy="use --weight-bits 16")
-        bits = 8 if is_head else self.weight_bits
-        if not weight.is_cuda:
-            return pack(weight, bits)
-        from kernels import quant  # Triton is an extra
+        return self._pack(weight, 8 if is_head else self.weight_bits)
 
-        return quant.quantise(weight, bits, quant.largest_group(weight.shape[1]))
+    def _pack(self, weight: Tensor, bits: int) -> Tensor:
+        return pack(weight, bits)
 
     def plan(self, batch: Batch) -> CpuBatch:
         """Work out, once per step, how each context is read and which mask its new tokens need."""
