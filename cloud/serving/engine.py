@@ -13,6 +13,7 @@ import torch
 
 from cloud.serving.backend import SampledToken
 from cloud.serving.block_pool import BlockPool, chain_root
+from cloud.serving.cpu_threads import ThreadPlan
 from cloud.serving.guide import Guides
 from cloud.serving.kv_pool import KvLayout, KvPool
 from cloud.serving.packed_linear import BITS
@@ -56,6 +57,7 @@ class Engine:
     """Everything one worker needs to turn tokens into tokens."""
 
     guides: Guides | None = None  # set where the model's tokenizer is known
+    threads: ThreadPlan | None = None  # of steps on a CPU; None leaves them to torch
 
     def __init__(self, runner: Runner, scheduler: Scheduler, kv: KvPool, fingerprint: str, vocab_size: int) -> None:
         self.runner = runner
@@ -86,6 +88,8 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        if self.threads is not None:
+            _use_threads(self.threads.of(chunk.num_tokens for chunk in chunks))
         sampled = self.runner.run(chunks)
         parked = self.scheduler.complete(chunks, [token.token_id if token else None for token in sampled])
         self.num_steps += 1
@@ -150,6 +154,11 @@ def build_engine(config: EngineConfig) -> Engine:
     overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
     overlapped.guides = guides
     return overlapped
+
+
+def _use_threads(num_threads: int) -> None:
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
 
 
 def _backend(config: EngineConfig) -> TorchBackend:

@@ -1,0 +1,125 @@
+"""How many threads a step on a CPU gets: measured at start on the loaded model, for prompts and for decoding each.
+
+More threads than physical cores never pay, and a container's quota or affinity may leave fewer; between one and that
+many only a measurement knows, since decoding is bound by memory and prompts by arithmetic. All cores are tried first,
+so that a model too slow for the budget keeps them. Opens nothing but the kernel's own files; the clock comes from
+outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+BUDGET_S = 2.0
+ROUNDS = 3
+PREFILL_STEPS = 10  # a prompt of `probe.PROMPT_TOKENS` takes about so many steps of decoding
+CGROUPS = Path("/sys/fs/cgroup")
+Step = Callable[[int], None]  # runs one step with so many threads
+
+
+@dataclass(frozen=True)
+class ThreadPlan:
+    """Threads of a step with prompt tokens and of one that only decodes; best measured times in ms by threads."""
+
+    prefill: int
+    decode: int
+    prefill_ms: Mapping[int, float]
+    decode_ms: Mapping[int, float]
+
+    def of(self, num_tokens: Iterable[int]) -> int:
+        """Threads of a step whose sequences have so many new tokens each."""
+        return self.prefill if any(count > 1 for count in num_tokens) else self.decode
+
+    @property
+    def reason(self) -> str:
+        """One line for logs and status."""
+        parts = [("prefill", self.prefill, self.prefill_ms), ("decode", self.decode, self.decode_ms)]
+        return "; ".join(f"{name}: {chosen} threads ({_figures(times)})" for name, chosen, times in parts)
+
+
+def given(num_threads: int) -> ThreadPlan:
+    """What somebody asked for, unmeasured."""
+    return ThreadPlan(num_threads, num_threads, {}, {})
+
+
+def measure(
+    prefill: Step, decode: Step, num_cores: int, clock: Callable[[], float], budget_s: float = BUDGET_S
+) -> ThreadPlan:
+    """Time both kinds of step with 1, 2, 4 .. `num_cores` threads, for `budget_s` in all, and take the best of each.
+
+    Where a prompt would not fit what decoding has left, all cores are taken for prompts.
+    """
+    end = clock() + budget_s
+    decode_ms = _best_ms(decode, num_cores, clock, end - budget_s / 2)
+    is_affordable = 2 * PREFILL_STEPS * min(decode_ms.values(), default=math.inf) / 1e3 <= end - clock()
+    prefill_ms = _best_ms(prefill, num_cores, clock, end) if is_affordable else {}
+    return ThreadPlan(_fastest(prefill_ms, num_cores), _fastest(decode_ms, num_cores), prefill_ms, decode_ms)
+
+
+def thread_counts(num_cores: int) -> list[int]:
+    """The counts worth trying, all cores first."""
+    return [num_cores, *(1 << n for n in reversed(range(num_cores.bit_length())) if 1 << n < num_cores)]
+
+
+def count_cores(
+    cpus: Collection[int], topology: Path = Path("/sys/devices/system/cpu"), cgroup: Path | None = None
+) -> int:
+    """Physical cores among `cpus` (the affinity), no more than the control group's quota rounded up; at least 1."""
+    cores = len({_core(topology, cpu) for cpu in cpus})
+    quota = find_quota(own_cgroup() if cgroup is None else cgroup)
+    return max(1, cores if quota is None else min(cores, math.ceil(quota)))
+
+
+def own_cgroup(membership: Path = Path("/proc/self/cgroup")) -> Path:
+    """Folder of this process's control group (version 2); that of all where the kernel does not tell."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return CGROUPS
+    return next((CGROUPS / line[3:].strip("/") for line in lines if line.startswith("0::")), CGROUPS)
+
+
+def find_quota(cgroup: Path) -> float | None:
+    """CPUs' worth of time that a control group and those above it (or version 1) allow; None without a limit."""
+    quotas = []
+    for folder in (cgroup, *cgroup.parents):
+        for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+            try:
+                quota, period = " ".join((folder / name).read_text().strip() for name in files).split()
+            except (OSError, ValueError):
+                continue
+            if quota not in ("max", "-1"):
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _best_ms(step: Step, num_cores: int, clock: Callable[[], float], end: float) -> dict[int, float]:
+    best: dict[int, float] = {}
+    step(num_cores)  # the first of a kind pays for allocations
+    for _ in range(ROUNDS):
+        for count in thread_counts(num_cores):
+            began = clock()
+            if began + best.get(count, min(best.values(), default=0.0)) / 1e3 > end:
+                return best
+            step(count)
+            best[count] = min(best.get(count, math.inf), (clock() - began) * 1e3)
+    return best
+
+
+def _fastest(times_ms: Mapping[int, float], num_cores: int) -> int:
+    return min(times_ms, key=lambda count: (times_ms[count], count), default=num_cores)
+
+
+def _figures(times_ms: Mapping[int, float]) -> str:
+    return ", ".join(f"{count}: {times_ms[count]:.1f} ms" for count in sorted(times_ms)) or "given"
+
+
+def _core(topology: Path, cpu: int) -> str:
+    """Names the core of a CPU by its siblings; where the kernel does not tell, every CPU is one."""
+    try:
+        return (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
