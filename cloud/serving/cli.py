@@ -31,7 +31,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda needs the gpu extra.")] = "cpu",
     weight_bits: Annotated[int, typer.Option(help="16, or round weights to 8 or 4 bits when loading them.")] = 16,
-    threads: Annotated[int, typer.Option(help="CPU threads of the engine; 0 measures (OMP_NUM_THREADS goes before).")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: OMP_NUM_THREADS, else measured at start.")] = 0,
     kv_blocks: Annotated[int, typer.Option(help="Blocks of the KV pool; 0 fits 1 GiB.")] = 0,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
     max_context: Annotated[int, typer.Option(help="Most tokens of prompt plus answer.")] = 8192,
