@@ -28,6 +28,7 @@ class ThreadPlan:
     decode: int
     prefill_ms: Mapping[int, float]
     decode_ms: Mapping[int, float]
+    unmeasured: str = "too slow to measure"  # why there are no times
 
     def of(self, num_tokens: Iterable[int]) -> int:
         """Threads of a step whose sequences have so many new tokens each."""
@@ -37,12 +38,14 @@ class ThreadPlan:
     def reason(self) -> str:
         """One line for logs and status."""
         parts = [("prefill", self.prefill, self.prefill_ms), ("decode", self.decode, self.decode_ms)]
-        return "; ".join(f"{name}: {chosen} threads ({_figures(times)})" for name, chosen, times in parts)
+        return "; ".join(
+            f"{name}: {chosen} threads ({_figures(times) or self.unmeasured})" for name, chosen, times in parts
+        )
 
 
 def given(num_threads: int) -> ThreadPlan:
     """What somebody asked for, unmeasured."""
-    return ThreadPlan(num_threads, num_threads, {}, {})
+    return ThreadPlan(num_threads, num_threads, {}, {}, "given")
 
 
 def measure(
@@ -50,18 +53,21 @@ def measure(
 ) -> ThreadPlan:
     """Time both kinds of step with 1, 2, 4 .. `num_cores` threads, for `budget_s` in all, and take the best of each.
 
-    Where a prompt would not fit what decoding has left, all cores are taken for prompts.
+    The last step may overrun the budget. When time ends while more threads still help, all cores are taken; where none
+    is left for prompts, they get what decoding gets.
     """
     end = clock() + budget_s
     decode_ms = _best_ms(decode, num_cores, clock, end - budget_s / 2)
-    is_affordable = 2 * PREFILL_STEPS * min(decode_ms.values(), default=math.inf) / 1e3 <= end - clock()
+    is_affordable = PREFILL_STEPS * min(decode_ms.values()) / 1e3 <= end - clock()
     prefill_ms = _best_ms(prefill, num_cores, clock, end) if is_affordable else {}
-    return ThreadPlan(_fastest(prefill_ms, num_cores), _fastest(decode_ms, num_cores), prefill_ms, decode_ms)
+    for_decode = _fastest(decode_ms, num_cores)
+    for_prefill = _fastest(prefill_ms, num_cores) if prefill_ms else for_decode
+    return ThreadPlan(for_prefill, for_decode, prefill_ms, decode_ms)
 
 
 def thread_counts(num_cores: int) -> list[int]:
-    """The counts worth trying, all cores first."""
-    return [num_cores, *(1 << n for n in reversed(range(num_cores.bit_length())) if 1 << n < num_cores)]
+    """The counts worth trying: powers of two, and all cores."""
+    return [*(1 << n for n in range(num_cores.bit_length()) if 1 << n < num_cores), num_cores]
 
 
 def count_cores(
@@ -98,11 +104,11 @@ def find_quota(cgroup: Path) -> float | None:
 
 def _best_ms(step: Step, num_cores: int, clock: Callable[[], float], end: float) -> dict[int, float]:
     best: dict[int, float] = {}
-    step(num_cores)  # the first of a kind pays for allocations
     for _ in range(ROUNDS):
         for count in thread_counts(num_cores):
             began = clock()
-            if began + best.get(count, min(best.values(), default=0.0)) / 1e3 > end:
+            expected_ms = best.get(count, min(best.values(), default=0.0))
+            if began + expected_ms / 1e3 > end:
                 return best
             step(count)
             best[count] = min(best.get(count, math.inf), (clock() - began) * 1e3)
@@ -110,11 +116,13 @@ def _best_ms(step: Step, num_cores: int, clock: Callable[[], float], end: float)
 
 
 def _fastest(times_ms: Mapping[int, float], num_cores: int) -> int:
-    return min(times_ms, key=lambda count: (times_ms[count], count), default=num_cores)
+    best = min(times_ms, key=lambda count: (times_ms[count], count))
+    is_cut = len(times_ms) < len(thread_counts(num_cores))
+    return num_cores if is_cut and best == max(times_ms) else best
 
 
 def _figures(times_ms: Mapping[int, float]) -> str:
-    return ", ".join(f"{count}: {times_ms[count]:.1f} ms" for count in sorted(times_ms)) or "given"
+    return ", ".join(f"{count}: {times_ms[count]:.1f} ms" for count in sorted(times_ms))
 
 
 def _core(topology: Path, cpu: int) -> str:

@@ -55,11 +55,18 @@ def test_the_budget_holds_for_a_model_of_middle_size() -> None:
     assert machine.now - 100.0 <= 2.0 + 0.9
 
 
+def test_a_busy_machine_on_which_two_threads_stall_gets_one() -> None:
+    machine = Machine({1: 0.3, 2: 6.0}, {1: 0.05, 2: 1.5})
+    plan = measure(machine.prefill, machine.decode, 2, machine.clock)
+    assert (plan.prefill, plan.decode) == (1, 1)
+
+
 def test_a_model_too_slow_to_be_measured_keeps_all_cores() -> None:
     machine = Machine({1: 90.0, 2: 60.0, 4: 40.0}, {1: 9.0, 2: 6.0, 4: 4.0})
     plan = measure(machine.prefill, machine.decode, 4, machine.clock)
     assert (plan.prefill, plan.decode) == (4, 4)
-    assert machine.calls == [("decode", 4)]
+    assert machine.calls == [("decode", 1)]
+    assert plan.reason == "prefill: 4 threads (too slow to measure); decode: 4 threads (1: 9000.0 ms)"
 
 
 def test_what_was_given_is_not_measured() -> None:
@@ -68,8 +75,8 @@ def test_what_was_given_is_not_measured() -> None:
     assert plan.reason == "prefill: 3 threads (given); decode: 3 threads (given)"
 
 
-def test_counts_are_powers_of_two_and_all_cores_first() -> None:
-    assert [thread_counts(number) for number in (1, 2, 6, 8)] == [[1], [2, 1], [6, 4, 2, 1], [8, 4, 2, 1]]
+def test_counts_are_powers_of_two_and_all_cores() -> None:
+    assert [thread_counts(number) for number in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
 def siblings(folder: Path, groups: list[str]) -> Path:
