@@ -64,7 +64,7 @@ def serve(
     )
     engine = build_engine(EngineConfig(model, dtype, kv_blocks, block_size, limits, device, weight_bits))
     if device == "cpu":
-        engine.threads = _threads(engine, threads or int(os.environ.get("OMP_NUM_THREADS") or 0))
+        engine.threads = _threads(engine, threads)
         typer.echo(f"threads of {config.name}: {engine.threads.reason}", err=True)
     gc.collect()
     gc.freeze()  # what lives as long as the engine need not be looked at again between two tokens
@@ -72,12 +72,12 @@ def serve(
 
 
 def _threads(engine: Any, num_threads: int) -> Any:
-    """As given, else measured on the loaded model."""
-    from cloud.serving.cpu_threads import count_cores, given, measure
+    """As somebody said, else measured on the loaded model."""
+    from cloud.serving.cpu_threads import count_cores, given, measure, wanted
     from cloud.serving.probe import probe_steps
 
-    if num_threads:
-        return given(num_threads)
+    if said := wanted(num_threads, os.environ):
+        return given(said)
     return measure(*probe_steps(engine), count_cores(os.sched_getaffinity(0)), time.perf_counter)
 
 

@@ -48,6 +48,12 @@ def given(num_threads: int) -> ThreadPlan:
     return ThreadPlan(num_threads, num_threads, {}, {}, "given")
 
 
+def wanted(num_threads: int, environment: Mapping[str, str]) -> int:
+    """What the option says, else OMP_NUM_THREADS (the first of a list); 0 when neither does."""
+    value = environment.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return num_threads or (int(value) if value.isdecimal() else 0)
+
+
 def measure(
     prefill: Step, decode: Step, num_cores: int, clock: Callable[[], float], budget_s: float = BUDGET_S
 ) -> ThreadPlan:

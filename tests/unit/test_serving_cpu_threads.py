@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud.serving.cpu_threads import count_cores, find_quota, given, measure, own_cgroup, thread_counts
+from cloud.serving.cpu_threads import count_cores, find_quota, given, measure, own_cgroup, thread_counts, wanted
 
 
 class Machine:
@@ -73,6 +73,13 @@ def test_what_was_given_is_not_measured() -> None:
     plan = given(3)
     assert (plan.prefill, plan.decode) == (3, 3)
     assert plan.reason == "prefill: 3 threads (given); decode: 3 threads (given)"
+
+
+def test_the_option_goes_before_the_environment() -> None:
+    assert wanted(3, {"OMP_NUM_THREADS": "2"}) == 3
+    assert wanted(0, {"OMP_NUM_THREADS": "2,1"}) == 2
+    assert [wanted(0, {"OMP_NUM_THREADS": value}) for value in ("", "many", "-1")] == [0, 0, 0]
+    assert wanted(0, {}) == 0
 
 
 def test_counts_are_powers_of_two_and_all_cores() -> None:
