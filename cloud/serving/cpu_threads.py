@@ -9,13 +9,14 @@ outside.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 BUDGET_S = 2.0
 ROUNDS = 3
-PREFILL_STEPS = 10  # a prompt of `probe.PROMPT_TOKENS` takes about so many steps of decoding
+PREFILL_STEPS = 5  # a prompt of `probe.PROMPT_TOKENS` takes about so many steps of decoding
+STALL = 3  # times slower than the best: so many threads stall, and prompts need not try
 CGROUPS = Path("/sys/fs/cgroup")
 Step = Callable[[int], None]  # runs one step with so many threads
 
@@ -63,12 +64,15 @@ def measure(
     is left for prompts, they get what decoding gets.
     """
     end = clock() + budget_s
-    decode_ms = _best_ms(decode, num_cores, clock, end - budget_s / 2)
-    is_affordable = PREFILL_STEPS * min(decode_ms.values()) / 1e3 <= end - clock()
-    prefill_ms = _best_ms(prefill, num_cores, clock, end) if is_affordable else {}
-    for_decode = _fastest(decode_ms, num_cores)
-    for_prefill = _fastest(prefill_ms, num_cores) if prefill_ms else for_decode
-    return ThreadPlan(for_prefill, for_decode, prefill_ms, decode_ms)
+    counts = thread_counts(num_cores)
+    decode_ms = _best_ms(decode, counts, clock, end - budget_s / 2)
+    shortest_ms = min(decode_ms.values())
+    for_decode = _fastest(decode_ms, counts)
+    if clock() + PREFILL_STEPS * shortest_ms / 1e3 > end:
+        return ThreadPlan(for_decode, for_decode, {}, decode_ms)
+    counts = [count for count in counts if decode_ms.get(count, 0.0) <= STALL * shortest_ms]
+    prefill_ms = _best_ms(prefill, counts, clock, end)
+    return ThreadPlan(_fastest(prefill_ms, counts), for_decode, prefill_ms, decode_ms)
 
 
 def thread_counts(num_cores: int) -> list[int]:
@@ -108,10 +112,10 @@ def find_quota(cgroup: Path) -> float | None:
     return min(quotas, default=None)
 
 
-def _best_ms(step: Step, num_cores: int, clock: Callable[[], float], end: float) -> dict[int, float]:
+def _best_ms(step: Step, counts: Sequence[int], clock: Callable[[], float], end: float) -> dict[int, float]:
     best: dict[int, float] = {}
     for _ in range(ROUNDS):
-        for count in thread_counts(num_cores):
+        for count in counts:
             began = clock()
             expected_ms = best.get(count, min(best.values(), default=0.0))
             if began + expected_ms / 1e3 > end:
@@ -121,10 +125,10 @@ def _best_ms(step: Step, num_cores: int, clock: Callable[[], float], end: float)
     return best
 
 
-def _fastest(times_ms: Mapping[int, float], num_cores: int) -> int:
+def _fastest(times_ms: Mapping[int, float], counts: Sequence[int]) -> int:
     best = min(times_ms, key=lambda count: (times_ms[count], count))
-    is_cut = len(times_ms) < len(thread_counts(num_cores))
-    return num_cores if is_cut and best == max(times_ms) else best
+    is_cut = len(times_ms) < len(counts)
+    return counts[-1] if is_cut and best == max(times_ms) else best
 
 
 def _figures(times_ms: Mapping[int, float]) -> str:

@@ -11,7 +11,7 @@ from cloud.serving.engine import Engine
 from cloud.serving.request import Request, SamplingParams
 from cloud.serving.scheduler import Chunk
 
-PROMPT_TOKENS = 64
+PROMPT_TOKENS = 32
 
 
 def probe_steps(engine: Engine) -> tuple[Step, Step]:

@@ -59,6 +59,7 @@ def test_a_busy_machine_on_which_two_threads_stall_gets_one() -> None:
     machine = Machine({1: 0.3, 2: 6.0}, {1: 0.05, 2: 1.5})
     plan = measure(machine.prefill, machine.decode, 2, machine.clock)
     assert (plan.prefill, plan.decode) == (1, 1)
+    assert ("prefill", 2) not in machine.calls
 
 
 def test_a_model_too_slow_to_be_measured_keeps_all_cores() -> None:
