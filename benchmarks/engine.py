@@ -1,10 +1,11 @@
 """The serving engine: on CPU against transformers (and vLLM, where set up) in the same run, on CUDA by `engine_cuda`.
 
 CPU: SmolLM2-135M (and Qwen2.5-0.5B when its folder is in the cache) in bfloat16, same threads; prefill of 512 tokens,
-greedy decoding alone and eight at once. Both sides warm up, then take turns, and the best of `ROUNDS` counts: a clock
-that rises or a neighbour that comes meets both. Ratios above 1 mean that the engine is faster. Limit of decoding alone:
-memory bandwidth over the size of the weights, given as a share of the bandwidth measured by a large copy.
-Weights in 8 and 4 bits are figures of their own.
+greedy decoding alone and eight at once. Both sides warm up, then take turns, and the best of three (`--quick`: two)
+counts: a clock that rises or a neighbour that comes meets both. Ratios above 1 mean that the engine is faster. Limit of
+decoding alone: memory bandwidth over the size of the weights, given as a share of the bandwidth measured by a large
+copy.
+Weights in 8 and 4 bits are figures of their own, left out by `--quick`.
 OMP_NUM_THREADS sets the threads of all. vLLM runs where FORESHORE_VLLM_PYTHON names an interpreter that has it
 (`benchmarks/_vllm_peer.py`).
 """
@@ -48,36 +49,46 @@ def run(quick: bool, device: str = "cpu") -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, folder in MODELS.items():
         if (CACHE / folder / "config.json").is_file():
-            figures |= _measure(name, CACHE / folder, num_new=12 if quick else 48)
+            figures |= _measure(name, CACHE / folder, *((12, 2) if quick else (48, 3)))
+            if not quick:
+                figures |= _measure_packed(name, CACHE / folder, 48)
     return figures
 
 
-def _measure(name: str, folder: Path, num_new: int) -> dict[str, float]:
+def _measure(name: str, folder: Path, num_new: int, num_rounds: int) -> dict[str, float]:
     ours, weight_bytes = _ours(folder, num_new)
     theirs = _theirs(folder, num_new)
     rates: dict[str, dict[str, float]] = {"": {}, "transformers": {}}
     for kind in KINDS:
         ours[kind]()
         theirs[kind]()
-        turns = [(ours[kind](), theirs[kind]()) for _ in range(ROUNDS)]
+        turns = [(ours[kind](), theirs[kind]()) for _ in range(num_rounds)]
         rates[""][kind], rates["transformers"][kind] = (max(rate) for rate in zip(*turns, strict=True))
+        print(
+            f"  {name} {kind}: {rates[''][kind]:.1f} tok/s, transformers {rates['transformers'][kind]:.1f}", flush=True
+        )
     del theirs
     if python := os.environ.get(VLLM_PYTHON):
-        rates["vllm_cpu"] = _vllm_peer.measure(python, folder, num_new, torch.get_num_threads())
+        rates["vllm_cpu"] = _vllm_peer.measure(python, folder, num_new, torch.get_num_threads(), num_rounds)
+        print(f"  {name}: vllm_cpu {rates['vllm_cpu']}", flush=True)
     own = rates.pop("")
     figures = {f"{name}_{kind}_tok_s": rate for kind, rate in own.items()}
     for peer, rate in rates.items():
         for kind in KINDS:
             figures[f"{name}_{kind}_tok_s_{peer}"] = rate[kind]
             figures[f"ratio_vs_{peer}_{name}_{kind}"] = own[kind] / rate[kind]
-            print(f"  {name} {kind}: {own[kind]:.1f} tok/s, {peer} {rate[kind]:.1f}", flush=True)
+    figures[f"{name}_decode1_share_of_bandwidth"] = own["decode1"] * weight_bytes / _read_bandwidth()
+    return figures
+
+
+def _measure_packed(name: str, folder: Path, num_new: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
     for bits in (8, 4):
         packed, _ = _ours(folder, num_new, bits)
         for kind in KINDS:
             packed[kind]()
             figures[f"{name}_int{bits}_{kind}_tok_s"] = max(packed[kind]() for _ in range(ROUNDS))
             print(f"  {name} int{bits} {kind}: {figures[f'{name}_int{bits}_{kind}_tok_s']:.1f} tok/s", flush=True)
-    figures[f"{name}_decode1_share_of_bandwidth"] = own["decode1"] * weight_bytes / _read_bandwidth()
     return figures
 
 

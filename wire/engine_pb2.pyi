@@ -197,7 +197,7 @@ class StatusRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., known_prefix_version: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("worker", "role", "state", "boot_epoch", "fingerprint", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_waiting", "num_waiting_tokens", "max_context_tokens", "prefill_tokens_total", "output_tokens_total", "preemptions_total", "evictions_total", "prefix_version", "prefixes", "handoff_refusals_total", "handoff_bytes_total", "embedding_size")
+    __slots__ = ("worker", "role", "state", "boot_epoch", "fingerprint", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_waiting", "num_waiting_tokens", "max_context_tokens", "prefill_tokens_total", "output_tokens_total", "preemptions_total", "evictions_total", "prefix_version", "prefixes", "handoff_refusals_total", "handoff_bytes_total", "embedding_size", "prefill_threads", "decode_threads", "threads_reason")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,9 @@ class StatusReply(_message.Message):
     HANDOFF_REFUSALS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_THREADS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_THREADS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_REASON_FIELD_NUMBER: _ClassVar[int]
     worker: str
     role: str
     state: str
@@ -240,7 +243,10 @@ class StatusReply(_message.Message):
     handoff_refusals_total: int
     handoff_bytes_total: int
     embedding_size: int
-    def __init__(self, worker: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., prefill_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., evictions_total: _Optional[int] = ..., prefix_version: _Optional[int] = ..., prefixes: _Optional[bytes] = ..., handoff_refusals_total: _Optional[int] = ..., handoff_bytes_total: _Optional[int] = ..., embedding_size: _Optional[int] = ...) -> None: ...
+    prefill_threads: int
+    decode_threads: int
+    threads_reason: str
+    def __init__(self, worker: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., boot_epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., prefill_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., evictions_total: _Optional[int] = ..., prefix_version: _Optional[int] = ..., prefixes: _Optional[bytes] = ..., handoff_refusals_total: _Optional[int] = ..., handoff_bytes_total: _Optional[int] = ..., embedding_size: _Optional[int] = ..., prefill_threads: _Optional[int] = ..., decode_threads: _Optional[int] = ..., threads_reason: _Optional[str] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("protocol_version", "request_id")

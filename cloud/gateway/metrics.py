@@ -36,6 +36,9 @@ class Metrics:
         self.running = Gauge("num_requests_running", "Requests in the worker's batch.", ["worker"], **make)
         self.waiting = Gauge("num_requests_waiting", "Requests in the worker's queue.", ["worker"], **make)
         self.kv_usage = Gauge("kv_cache_usage_ratio", "Share of KV blocks in use.", ["worker"], **make)
+        self.threads = Gauge(
+            "worker_threads", "CPU threads of the worker's steps, by phase; 0 on a GPU.", ["worker", "phase"], **make
+        )
         self.up = Gauge("worker_up", "1 when the worker answers and takes requests.", ["worker", "role"], **make)
 
     def record(self, model: str, num_prompt_tokens: int, outcome: Outcome, total_s: float) -> None:
@@ -58,4 +61,8 @@ class Metrics:
                 self.running.labels(view.name).set(view.num_running)
                 self.waiting.labels(view.name).set(view.num_waiting)
                 self.kv_usage.labels(view.name).set(view.kv_usage)
+            for name, link in fleet.links.items():
+                if link.status is not None:
+                    self.threads.labels(name, "prefill").set(link.status.prefill_threads)
+                    self.threads.labels(name, "decode").set(link.status.decode_threads)
         return generate_latest(self.registry)

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda needs the gpu extra.")] = "cpu",
     weight_bits: Annotated[int, typer.Option(help="16, or round weights to 8 or 4 bits when loading them.")] = 16,
-    threads: Annotated[int, typer.Option(help="CPU threads of the engine; 0 leaves it to torch.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: OMP_NUM_THREADS, else measured at start.")] = 0,
     kv_blocks: Annotated[int, typer.Option(help="Blocks of the KV pool; 0 fits 1 GiB.")] = 0,
     block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
     max_context: Annotated[int, typer.Option(help="Most tokens of prompt plus answer.")] = 8192,
@@ -49,14 +50,10 @@ def serve(
         raise InvalidInputError(f"--host {host} without --token-file", remedy="give --token-file, or stay on loopback")
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    import torch
-
     from cloud.serving.engine import EngineConfig, build_engine
     from cloud.serving.scheduler import SchedulerConfig
     from cloud.serving.worker import WorkerConfig
 
-    if threads:
-        torch.set_num_threads(threads)
     config = WorkerConfig(name or role, role, token)
     limits = SchedulerConfig(
         max_batch_tokens=chunk_tokens * 2 + max_running,
@@ -66,9 +63,22 @@ def serve(
         max_context_tokens=max_context,
     )
     engine = build_engine(EngineConfig(model, dtype, kv_blocks, block_size, limits, device, weight_bits))
+    if device == "cpu":
+        engine.threads = _threads(engine, threads)
+        typer.echo(f"threads of {config.name}: {engine.threads.reason}", err=True)
     gc.collect()
     gc.freeze()  # what lives as long as the engine need not be looked at again between two tokens
     raise typer.Exit(asyncio.run(_run(engine, config, host, port, port_file, drain_s)))
+
+
+def _threads(engine: Any, num_threads: int) -> Any:
+    """As somebody said, else measured on the loaded model."""
+    from cloud.serving.cpu_threads import count_cores, given, measure, wanted
+    from cloud.serving.probe import probe_steps
+
+    if said := wanted(num_threads, os.environ):
+        return given(said)
+    return measure(*probe_steps(engine), count_cores(os.sched_getaffinity(0)), time.perf_counter)
 
 
 async def _run(engine: Any, config: Any, host: str, port: int, port_file: Path | None, drain_s: float) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from cloud.serving.backend import Embedding, SampledToken
 from cloud.serving.block_pool import BlockPool, chain_root
+from cloud.serving.cpu_threads import ThreadPlan
 from cloud.serving.guide import Guides
 from cloud.serving.kv_pool import KvLayout, KvPool
 from cloud.serving.packed_linear import BITS
@@ -62,6 +63,7 @@ class Engine:
     guides: Guides | None = None  # set where the model's tokenizer is known
     pooling: Pooling = DEFAULT_POOLING  # of this model's embeddings
     embedding_size: int = 0
+    threads: ThreadPlan | None = None  # of steps on a CPU; None leaves them to torch
 
     def __init__(self, runner: Runner, scheduler: Scheduler, kv: KvPool, fingerprint: str, vocab_size: int) -> None:
         self.runner = runner
@@ -92,6 +94,8 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        if self.threads is not None:
+            _use_threads(self.threads.of(chunk.num_tokens for chunk in chunks))
         results = self.runner.run(chunks)
         tokens = [result if isinstance(result, SampledToken) else None for result in results]
         parked = self.scheduler.complete(chunks, [token.token_id if token else None for token in tokens])
@@ -152,7 +156,7 @@ def build_engine(config: EngineConfig) -> Engine:
     layout = KvLayout(model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
     max_context = min(config.scheduler.max_context_tokens, model.max_positions)
     limits = replace(config.scheduler, max_context_tokens=max_context)
-    backend = TorchBackend(weight_bits=config.weight_bits)
+    backend = _backend(config)
     decoder = load_decoder(config.model, model, backend, getattr(torch, dtype), max_context, config.device)
     num_blocks = config.num_blocks or max(1, _pool_bytes(is_gpu) // layout.bytes_per_block)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits, model.eos_token_ids)
@@ -171,6 +175,19 @@ def build_engine(config: EngineConfig) -> Engine:
     overlapped = OverlappedEngine(runner, scheduler, kv, fingerprint, model.vocab_size)
     overlapped.guides, overlapped.pooling, overlapped.embedding_size = guides, pooling, model.hidden_size
     return overlapped
+
+
+def _use_threads(num_threads: int) -> None:
+    if torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+
+
+def _backend(config: EngineConfig) -> TorchBackend:
+    if config.device == "cpu":
+        return TorchBackend(weight_bits=config.weight_bits)
+    from cloud.serving.cuda_backend import CudaBackend  # Triton is an extra
+
+    return CudaBackend(weight_bits=config.weight_bits)
 
 
 def _weights_digest(config: EngineConfig) -> str:

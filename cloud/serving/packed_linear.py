@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from cloud.serving.wide_linear import wide_linear
 from wire.errors import UnsupportedModelError
 
 Tensor = Any
 BITS = (4, 8)
 MAX_GROUP = 64
-TILE_ROWS = 512
 MANY_ROWS = 16  # from here on 8-bit weights are widened tile by tile: the packed kernel's time grows with the rows
 
 
@@ -64,16 +63,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
     if weight.bits == 4:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.data, weight.group_size, weight.scales)
     elif x.shape[0] >= MANY_ROWS:
-        out = _widened(x, weight)
+        return wide_linear(x, weight.data, bias, weight.scales.float())
     else:
         out = torch._weight_int8pack_mm(x.contiguous(), weight.data, weight.scales)
     return out if bias is None else out.add_(bias)
-
-
-def _widened(x: Tensor, weight: PackedWeight) -> Tensor:
-    wide, scales = x.float(), weight.scales.float()
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for start in range(0, weight.shape[0], TILE_ROWS):
-        tile = slice(start, start + TILE_ROWS)
-        out[:, tile] = F.linear(wide, weight.data[tile].float()) * scales[tile]
-    return out

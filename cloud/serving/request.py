@@ -87,7 +87,7 @@ class SamplingParams:
     @property
     def is_plain_greedy(self) -> bool:
         """True when the next token is simply the largest logit."""
-        return self.temperature == 0 and not self.has_penalties and self.num_logprobs is None and not self.json_schema
+        return self.temperature == 0 and not self.has_penalties and not self.needs_host_logits
 
     @property
     def needs_host_logits(self) -> bool:

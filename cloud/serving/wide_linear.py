@@ -20,12 +20,20 @@ def is_half_slow() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] times weight [out, in], plus bias [out], in x's dtype; rounded once, from float32."""
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """x [rows, in] times weight [out, in], plus bias [out], in x's dtype; rounded once, from float32.
+
+    With `scales` [out] float32 the weight may be of integers: each of its rows is multiplied with its scale.
+    """
     wide = x.float()
     wide_bias = None if bias is None else bias.float()
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, weight.shape[0], TILE_ROWS):
         tile = slice(start, start + TILE_ROWS)
-        out[:, tile] = F.linear(wide, weight[tile].float(), None if wide_bias is None else wide_bias[tile])
+        tile_bias = None if wide_bias is None else wide_bias[tile]
+        if scales is None:
+            out[:, tile] = F.linear(wide, weight[tile].float(), tile_bias)
+        else:
+            product = F.linear(wide, weight[tile].float()).mul_(scales[tile])
+            out[:, tile] = product if tile_bias is None else product.add_(tile_bias)
     return out

@@ -263,6 +263,9 @@ class EngineService(EngineServicer):
             handoff_bytes_total=self._num_received_bytes,
             embedding_size=engine.embedding_size,
         )
+        if engine.threads is not None:
+            status.prefill_threads, status.decode_threads = engine.threads.prefill, engine.threads.decode
+            status.threads_reason = engine.threads.reason
         return status, b"".join(name[:PREFIX_BYTES] for name in pool.names()[-MAX_REPORTED_PREFIXES:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,16 @@ import pytest
 pytest.importorskip("torch")
 
 import grpc
+import torch
 
 import cloud.serving.worker as worker_module
+from cloud.serving.cpu_threads import measure
+from cloud.serving.engine import EngineConfig, build_engine
+from cloud.serving.engine_thread import EngineThread
 from cloud.serving.handoff import Part, make_part
+from cloud.serving.probe import probe_steps
 from cloud.serving.rpc import OPTIONS, credentials_metadata, engine_stub, error_from
-from cloud.serving.worker import WorkerServer
+from cloud.serving.worker import WorkerConfig, WorkerServer
 from tests.fakes.serving_models import save_tiny_model
 from tests.fakes.serving_workers import BLOCK_SIZE, generate_request, running_worker
 from wire import engine_pb2 as pb
@@ -229,3 +235,25 @@ def test_the_status_reports_load_and_cached_prefixes_once(model: Path) -> None:
                 assert not same.prefixes
 
     asyncio.run(run())
+
+
+def test_the_status_tells_the_threads_that_were_measured(model: Path) -> None:
+    engine = build_engine(EngineConfig(model, num_blocks=32, block_size=8))
+    before = torch.get_num_threads()
+    engine.threads = measure(*probe_steps(engine), 2, time.perf_counter)
+
+    async def run() -> None:
+        server = WorkerServer(WorkerConfig("w1"), EngineThread(engine))
+        port = await server.start("127.0.0.1", 0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            tokens = await collect(f"127.0.0.1:{port}", generate_request("a", PROMPT))
+            reply = await engine_stub(channel).Status(pb.StatusRequest(protocol_version=1), timeout=10)
+        await server.drain(0)
+        assert tokens
+        assert {reply.prefill_threads, reply.decode_threads} <= {1, 2}
+        assert reply.threads_reason.startswith(f"prefill: {reply.prefill_threads} threads (1: ")
+
+    try:
+        asyncio.run(run())
+    finally:
+        torch.set_num_threads(before)

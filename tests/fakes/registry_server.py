@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import onnx
+from onnx import TensorProto, helper
+
+from model_registry.client import ControlClient
 from model_registry.manifest import Manifest, Release, ReleaseArtefact, sha256
 from model_registry.sources import SourceFile, source_digest
+from model_registry.transport import Transport
 from tests.fakes.trust import MemoryCounter
 
 TOKEN = "publisher-token"
@@ -36,6 +42,22 @@ class ControlState:
     stages: int = 2  # looks at the publication until it is built
     streams: bool = True
     counter: MemoryCounter = field(default_factory=MemoryCounter)
+
+
+def client_for(url: str, token: str = TOKEN) -> ControlClient:
+    """The real client, which does not wait between its attempts."""
+    return ControlClient(Transport(url, token, sleep=lambda _: None))
+
+
+def write_model(folder: Path) -> Path:
+    """The smallest ONNX model."""
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [result])
+    onnx.save(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), folder / "model.onnx"
+    )
+    return folder / "model.onnx"
 
 
 def build_release(body: dict[str, Any], state: ControlState, **changes: Any) -> dict[str, Any]:

@@ -1,31 +1,26 @@
-"""Publishing against a real socket: what is sent, what is checked before signing, what each failure says."""
+"""Publishing against a real socket: what is sent, and what is checked before signing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-import onnx
 import pytest
-import typer
-from onnx import TensorProto, helper
-from typer.testing import CliRunner
 
-from model_registry import keys_cli
 from model_registry.client import ControlClient, Publication
-from model_registry.exit_codes import exit_code
-from model_registry.login import Login, save_login
 from model_registry.manifest import sha256
 from model_registry.publish import Publisher, PublishRequest
-from model_registry.publish_cli import register
-from model_registry.transport import Transport, error_of
 from model_registry.trust.desk import SigningDesk
-from model_registry.trust.keys import create_key
-from tests.fakes.registry_server import TOKEN, ControlState, build_release, manifest_for, running_control
+from tests.fakes.registry_server import (
+    ControlState,
+    build_release,
+    client_for,
+    manifest_for,
+    running_control,
+    write_model,
+)
 from tests.fakes.trust import PUBLISHER, MemoryTrust
 from wire.errors import (
     ConflictError,
@@ -33,13 +28,6 @@ from wire.errors import (
     GateFailedError,
     IntegrityError,
     InvalidInputError,
-    NotAllowedError,
-    NotAuthenticatedError,
-    NotFoundError,
-    OverloadedError,
-    SignatureError,
-    TooLargeError,
-    UnavailableError,
     UnsupportedModelError,
 )
 
@@ -76,10 +64,6 @@ def url(state: ControlState) -> Iterator[str]:
         yield address
 
 
-def client_for(url: str, token: str = TOKEN) -> ControlClient:
-    return ControlClient(Transport(url, token, sleep=lambda _: None))
-
-
 @pytest.fixture
 def client(url: str) -> Iterator[ControlClient]:
     with client_for(url) as client:
@@ -93,13 +77,7 @@ def desk(state: ControlState, tmp_path: Path) -> SigningDesk:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
-    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [result])
-    onnx.save(
-        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "model.onnx"
-    )
-    return tmp_path / "model.onnx"
+    return write_model(tmp_path)
 
 
 def request(model: Path, **changes: Any) -> PublishRequest:
@@ -333,169 +311,3 @@ def test_without_an_event_stream_it_polls(
     state.streams, state.stages = False, 6
     publish(client, desk, request(model))
     assert state.requests.count("GET publications/p1/events") >= 3
-
-
-def test_what_cannot_be_repeated_is_sent_once(client: ControlClient, state: ControlState) -> None:
-    state.faults = [("POST publications", 503)]
-    with pytest.raises(UnavailableError):
-        client.create_publication({})
-    assert state.requests == ["POST publications"]
-
-
-def test_retries_end(client: ControlClient, state: ControlState) -> None:
-    state.faults = [("HEAD", 503)] * 50
-    with pytest.raises(UnavailableError):
-        client.has_blob("0" * 64)
-    assert len(state.requests) == 5
-
-
-def test_a_download_that_breaks_goes_on_where_it_was(
-    client: ControlClient, state: ControlState, tmp_path: Path
-) -> None:
-    data = bytes(range(256)) * 4096
-    digest = client.put_blob(data)
-    heard: list[int] = []
-    assert client.download_blob(digest, tmp_path / "got", max_bytes=1 << 21, on_bytes=heard.append) == len(data)
-    assert sum(heard) == len(data)
-    assert (tmp_path / "got").read_bytes() == data
-    state.blobs[digest] = data[:-1] + b"!"
-    with pytest.raises(IntegrityError):
-        client.download_blob(digest, tmp_path / "other", max_bytes=1 << 21)
-    with pytest.raises(IntegrityError):
-        client.download_blob(digest, tmp_path / "other", max_bytes=100)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["got"]
-
-
-def test_who_hears_of_a_download_can_end_it(client: ControlClient, tmp_path: Path) -> None:
-    digest = client.put_blob(b"x" * 1000)
-
-    def end(num_bytes: int) -> None:
-        raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        client.download_blob(digest, tmp_path / "got", max_bytes=1000, on_bytes=end)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_blob_with_other_bytes_or_too_many_is_refused(client: ControlClient, state: ControlState) -> None:
-    digest = client.put_blob(b"honest")
-    assert client.get_blob(digest) == b"honest"
-    state.blobs[digest] = b"forged"
-    with pytest.raises(IntegrityError):
-        client.get_blob(digest)
-    with pytest.raises(TooLargeError):
-        client.get_blob(digest, max_bytes=3)
-
-
-def test_nobody_there_is_told_with_the_address() -> None:
-    with client_for("http://127.0.0.1:9") as client, pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
-        client.get("models")
-
-
-def test_a_wrong_token_is_refused(url: str) -> None:
-    with client_for(url, "wrong") as client, pytest.raises(NotAuthenticatedError):
-        client.get_publication("p1")
-
-
-def test_an_address_that_is_not_http_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="ftp"):
-        Transport("ftp://host")
-
-
-def test_an_answer_that_is_not_json_is_told() -> None:
-    transport = Transport("http://x", transport=httpx.MockTransport(lambda _: httpx.Response(200, text="<html>")))
-    with pytest.raises(UnavailableError, match="JSON"):
-        transport.call("GET", "models")
-    transport.close()
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "kind"),
-    [
-        (401, b"", NotAuthenticatedError),
-        (403, b"{}", NotAllowedError),
-        (404, b"[]", NotFoundError),
-        (409, b'{"code": "conflict"}', ConflictError),
-        (422, b'{"code": "bad_signature", "detail": "d"}', SignatureError),
-        (429, b"not json", OverloadedError),
-        (501, b'{"code": "missing_extra"}', ForeshoreError),
-        (500, b'{"code": "nobody_knows"}', ForeshoreError),
-        (418, b"", ForeshoreError),
-    ],
-)
-def test_an_error_comes_back_as_its_type(status: int, body: bytes, kind: type[ForeshoreError]) -> None:
-    assert type(error_of(status, body, "http://x")) is kind
-
-
-def test_exit_codes_say_what_kind_of_failure_it_was() -> None:
-    kinds = (ForeshoreError, InvalidInputError, UnavailableError, NotAllowedError, GateFailedError, SignatureError)
-    assert [exit_code(kind("x")) for kind in kinds] == [1, 2, 3, 4, 5, 5]
-    assert exit_code(ValueError()) == 1
-
-
-@pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    for name in ("FORESHORE_URL", "FORESHORE_TOKEN_FILE", "FORESHORE_KEY_PASSPHRASE", "FORESHORE_TENANT"):
-        monkeypatch.delenv(name, raising=False)
-    app = typer.Typer()
-    register(app)
-    app.add_typer(keys_cli.app, name="keys")
-    return app
-
-
-def test_the_command_publishes_and_prints_one_json_object_last(
-    app: typer.Typer, url: str, state: ControlState, model: Path, tmp_path: Path
-) -> None:
-    save_login(Login(url, TOKEN, tenant="demo"), {"XDG_CONFIG_HOME": str(tmp_path / "config")}, tmp_path)
-    assert (tmp_path / "config/foreshore/login.json").stat().st_mode & 0o777 == 0o600
-    runner = CliRunner()
-    begun = runner.invoke(app, ["keys", "init", "--publisher", "alice"])
-    assert begun.exit_code == 0, begun.output
-    arguments = ["publish", str(model), "--name", "vision", "--targets", "cpu-x86,cpu-x86, jetson-orin"]
-    done = runner.invoke(app, [*arguments, "--json"])
-    assert done.exit_code == 0, done.output
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert [artefact["target"] for artefact in summary["artefacts"]] == ["cpu-x86", "jetson-orin"]
-    assert summary["artefacts"][0]["gates"][0]["passed"] is True
-    plain = runner.invoke(app, arguments)
-    assert "released vision 1.0.0" in plain.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (["--url", "http://127.0.0.1:9"], 4, "no token"),
-        ([], 4, "no control plane"),
-        (["--url", "http://127.0.0.1:9", "--token-file", "TOKEN"], 2, "absent.onnx does not exist"),
-        (["--url", "http://127.0.0.1:9", "--token-file", "TOKEN", "--kind", "music"], 2, "music"),
-        (["--url", "http://127.0.0.1:9", "--token-file", "TOKEN", "--recipe", "none.yaml"], 2, "none.yaml"),
-    ],
-)
-def test_the_command_fails_with_the_right_code_and_sentence(
-    app: typer.Typer, tmp_path: Path, arguments: list[str], code: int, says: str
-) -> None:
-    (tmp_path / "token").write_text("secret\n")
-    create_key(tmp_path / "config/foreshore/keys/publisher.pem")
-    arguments = [str(tmp_path / "token") if part == "TOKEN" else part for part in arguments]
-    command = ["publish", "absent.onnx", "--name", "v", "--targets", "cpu-x86", "--json", *arguments]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == code
-    assert says in done.output
-    assert "error" in json.loads(done.stdout.splitlines()[-1])
-
-
-def test_the_command_without_a_key_says_how_to_make_one(app: typer.Typer, tmp_path: Path, model: Path) -> None:
-    (tmp_path / "token").write_text("secret")
-    command = ["publish", str(model), "--name", "v", "--targets", "t", "--url", "http://127.0.0.1:9"]
-    done = CliRunner().invoke(app, [*command, "--token-file", str(tmp_path / "token")])
-    assert done.exit_code == 2
-    assert "foreshore keys create" in done.output
-
-
-def test_a_key_is_made_shown_and_never_overwritten(app: typer.Typer, tmp_path: Path) -> None:
-    runner = CliRunner()
-    made = json.loads(runner.invoke(app, ["keys", "create", str(tmp_path / "k.pem"), "--json"]).stdout)
-    shown = json.loads(runner.invoke(app, ["keys", "show", str(tmp_path / "k.pem"), "--json"]).stdout)
-    assert made == shown
-    assert runner.invoke(app, ["keys", "create", str(tmp_path / "k.pem")]).exit_code == 1

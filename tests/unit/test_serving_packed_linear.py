@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cloud.serving.engine import EngineConfig, build_engine
-from cloud.serving.packed_linear import MANY_ROWS, TILE_ROWS, pack, packed_linear
+from cloud.serving.packed_linear import MANY_ROWS, pack, packed_linear
 from cloud.serving.request import Request, SamplingParams
+from cloud.serving.wide_linear import TILE_ROWS
 from wire.errors import InvalidInputError, UnsupportedModelError
 
 SHAPES = [(1, 64, 96), (5, 16, 32), (MANY_ROWS, TILE_ROWS + 48, 64), (40, 48, 160)]

@@ -36,6 +36,16 @@ def test_only_many_bfloat16_rows_are_widened() -> None:
     x = torch.randn(4, 16, generator=generator)
     backend = TorchBackend(is_widening=True)
     assert torch.equal(backend.linear(x, weight), torch.nn.functional.linear(x, weight))
-    one, half = x[:1].bfloat16(), weight.bfloat16()
-    assert torch.equal(backend.linear(one, half), torch.nn.functional.linear(one, half))
+    half = weight.bfloat16()
+    assert backend.linear(x[:0].bfloat16(), half).shape == (0, 7)
     assert torch.equal(backend.linear(x.bfloat16(), half), wide_linear(x.bfloat16(), half))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_row_is_the_exact_product_rounded(has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((1, 96), (40, 96), (40,)))
+    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    got = TorchBackend(is_widening=True).linear(x, weight, bias if has_bias else None)
+    # half a unit in the last of 8 bits of the product and of the sum
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=2**-8 * float(exact.abs().max()))
