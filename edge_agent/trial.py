@@ -1,7 +1,7 @@
 """A trial of a model in a process of its own, before the agent loads it.
 
 A model that ends its process, hangs or takes more memory than there is does so there; the agent goes on serving the old
-one and learns what happened. `python -m edge_agent.trial` reads one JSON object from standard input, loads the
+one and learns what happened. `python -m edge_agent.trial PARENT` reads one JSON object from standard input, loads the
 artefact, runs one golden case and writes one JSON object: the memory it took, or the error.
 """
 
@@ -54,6 +54,7 @@ async def try_out(
         sys.executable,
         "-m",
         "edge_agent.trial",
+        str(os.getpid()),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -122,7 +123,7 @@ def main() -> None:
     """The trial itself."""
     from wire.process import die_with_parent
 
-    die_with_parent(signal.SIGKILL)
+    die_with_parent(signal.SIGKILL, parent=int(sys.argv[1]))
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     asked = json.load(sys.stdin)
