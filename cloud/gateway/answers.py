@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloud.gateway.generation import Outcome
-from cloud.gateway.text import ChatTokenizer
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import ForeshoreError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

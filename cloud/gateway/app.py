@@ -28,7 +28,7 @@ from cloud.gateway.fleet import Fleet
 from cloud.gateway.generation import Generation, Job
 from cloud.gateway.metrics import Metrics
 from cloud.gateway.schemas import MAX_CHOICES, ChatBody, CompletionBody, Sampling, parse_chat, parse_completion
-from cloud.gateway.text import ChatTokenizer
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import ForeshoreError, InvalidInputError, NotFoundError, TooLargeError, UnavailableError
 
 MAX_BODY_BYTES = 8 << 20

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from edge_agent.config import Profile
 from model_registry.manifest import Manifest
-from wire.errors import ForeshoreError, UnsupportedModelError
+from wire.errors import ForeshoreError, InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -183,6 +183,17 @@ def generate(runtime: LanguageRuntime, prompt: Sequence[int], sampling: Sampling
                 return
     finally:
         cancel()
+
+
+def check_length(prompt: Sequence[int], max_tokens: int, context_tokens: int) -> None:
+    """Raise `InvalidInputError` for a prompt that is empty or too long."""
+    if not prompt:
+        raise InvalidInputError("the prompt is empty", remedy="send some text")
+    if len(prompt) + max_tokens > context_tokens:
+        raise InvalidInputError(
+            f"{len(prompt)} prompt and {max_tokens} new tokens exceed {context_tokens}",
+            remedy="send a shorter prompt or a lower max_tokens",
+        )
 
 
 def _engine_key(profile: Profile, folder: Path) -> str | None:

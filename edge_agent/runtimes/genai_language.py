@@ -22,10 +22,11 @@ from edge_agent.runtimes.base import (
     NotFiniteError,
     Piece,
     Sampling,
+    check_length,
 )
 from edge_agent.runtimes.language_settings import LanguageSettings
 from edge_agent.runtimes.stop_text import StopText
-from edge_agent.runtimes.tokenizer import Tokenizer, check_length
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import UnsupportedModelError
 
 
@@ -35,7 +36,7 @@ class GenaiLanguage:
     name = "onnxruntime-genai"
 
     def __init__(self, folder: Path, settings: LanguageSettings, limits: LanguageLimits) -> None:
-        self._tokenizer = Tokenizer(folder)
+        self._tokenizer = ChatTokenizer(folder)
         try:
             self._model: Any = genai.Model(str(folder))
         except Exception as error:
@@ -54,7 +55,7 @@ class GenaiLanguage:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's template."""
-        return self._tokenizer.chat_tokens(messages)
+        return self._tokenizer.encode_chat(messages)
 
     def start(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Cancel:
         """Begin a stream in a thread of its own."""
@@ -108,12 +109,12 @@ class GenaiLanguage:
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
             if token in self._eos_tokens:
-                return Piece(token, text.flush(), "stop")
+                return Piece(token, text.push(detokenizer.flush()) + text.flush(), "stop")
             out = text.push(detokenizer.decode(token))
             if text.is_stopped:
                 return Piece(token, out, "stop")
             if number == sampling.max_tokens or generator.is_done():
-                return Piece(token, out + text.flush(), "length")
+                return Piece(token, out + text.push(detokenizer.flush()) + text.flush(), "length")
             deliver(Piece(token, out))
         return Piece(-1, text.flush(), "cancelled")
 

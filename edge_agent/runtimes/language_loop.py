@@ -40,6 +40,9 @@ class Detokenizer(Protocol):
     def decode(self, token: int) -> str:
         """The text that `token` completes."""
 
+    def flush(self) -> str:
+        """What stayed incomplete."""
+
 
 @dataclass(eq=False)
 class Stream:
@@ -199,7 +202,7 @@ class LanguageLoop:
         stream.num_tokens += 1
         stream.next_token = token
         if token in self._eos_tokens:
-            self._end(stream, Piece(token, stream.text.flush(), "stop"))
+            self._end(stream, Piece(token, _rest(stream), "stop"))
             return
         if stream.guide is not None:
             stream.guide.consume(token)
@@ -207,7 +210,7 @@ class LanguageLoop:
         if stream.text.is_stopped:
             self._end(stream, Piece(token, text, "stop"))
         elif stream.num_tokens == stream.sampling.max_tokens:
-            self._end(stream, Piece(token, text + stream.text.flush(), "length"))
+            self._end(stream, Piece(token, text + _rest(stream), "length"))
         else:
             self._deliver(stream, Piece(token, text))
 
@@ -235,3 +238,8 @@ class LanguageLoop:
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
         for stream in streams:
             self._end(stream, error)
+
+
+def _rest(stream: Stream) -> str:
+    """What was held back, now that no token comes any more."""
+    return stream.text.push(stream.detokenizer.flush()) + stream.text.flush()

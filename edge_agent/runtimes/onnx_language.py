@@ -1,6 +1,5 @@
-"""Language models on the CPU through plain ONNX Runtime, stepped by our loop; tokenizer and chat template are ONNX
-Runtime GenAI's. GenAI's own engine fills a batch and runs it to its end on a CPU; here streams join and leave between
-steps.
+"""Language models on the CPU through plain ONNX Runtime, stepped by our loop; GenAI's own engine fills a batch
+and runs it to its end on a CPU, here streams join and leave between steps.
 """
 
 from __future__ import annotations
@@ -11,12 +10,21 @@ from typing import cast
 
 import numpy as np
 
-from edge_agent.runtimes.base import Array, Cancel, Deliver, LanguageLimits, Memory, NotFiniteError, Sampling
+from edge_agent.runtimes.base import (
+    Array,
+    Cancel,
+    Deliver,
+    LanguageLimits,
+    Memory,
+    NotFiniteError,
+    Sampling,
+    check_length,
+)
 from edge_agent.runtimes.decoder_graph import make_graph, open_session
 from edge_agent.runtimes.json_guide import JsonGuides
 from edge_agent.runtimes.language_loop import CHUNK_TOKENS, LanguageLoop, Stream
 from edge_agent.runtimes.language_settings import LanguageSettings
-from edge_agent.runtimes.tokenizer import Tokenizer, check_length
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import UnsupportedModelError
 
 
@@ -30,8 +38,8 @@ class OnnxLanguage:
         self.providers = list(session.get_providers())
         self.context_tokens = min(limits.context_tokens, settings.context_tokens)
         self._graph = make_graph(session, settings, limits.num_streams + 1, self.context_tokens)
-        self._tokenizer = Tokenizer(folder)
-        self._guides = JsonGuides(folder / "tokenizer.json", settings.vocabulary_size, sorted(settings.eos_tokens))
+        self._tokenizer = ChatTokenizer(folder)
+        self._guides = JsonGuides(self._tokenizer, settings.vocabulary_size, sorted(settings.eos_tokens))
         self._weights_bytes = sum(file.stat().st_size for file in folder.glob(f"{settings.graph_file.name}*"))
         self._loop = LanguageLoop(self._graph, settings.eos_tokens, folder.name)
 
@@ -41,7 +49,7 @@ class OnnxLanguage:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's template."""
-        return self._tokenizer.chat_tokens(messages)
+        return self._tokenizer.encode_chat(messages)
 
     def start(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Cancel:
         """Begin a stream."""
