@@ -139,7 +139,7 @@ def speeds(shop: Workshop, model: Built) -> dict[str, dict[str, float] | str]:
 
         (to / "speeds.json").write_text(json.dumps(measure_speeds(model.path(MODEL))))
 
-    stage = Stage("speeds", decided, ("onnxruntime", "onnxruntime-genai"), build, version=2, reproducibility="timing")
+    stage = Stage("speeds", decided, ("onnxruntime", "onnxruntime-genai"), build, version=3, reproducibility="timing")
     return dict(shop.run(stage, "the agent's runtimes decode in turn").read_json("speeds.json"))
 
 

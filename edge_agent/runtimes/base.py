@@ -110,7 +110,17 @@ class LanguageRuntime(Protocol):
 
     name: str
     providers: list[str]
-    context_tokens: int
+    max_context_tokens: int  # of the model, as the device's profile allows it
+    cache_token_bytes: int  # keys and values of one token; 0: not known
+
+    @property
+    def context_tokens(self) -> int:
+        """Of one stream: `max_context_tokens`, or fewer where `limit_cache` says so."""
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Let keys and values of all streams take no more than this: a stream waits until it fits beside those that
+        run, which keep what they have. Nothing where `cache_token_bytes` is 0.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""

@@ -43,11 +43,15 @@ class GenaiLanguage:
             raise UnsupportedModelError(
                 f"the model does not load: {error}", remedy="compile it for this device"
             ) from error
-        self.context_tokens = min(limits.context_tokens, settings.context_tokens)
+        self.context_tokens = self.max_context_tokens = min(limits.context_tokens, settings.context_tokens)
+        self.cache_token_bytes = 0  # GenAI does not tell
         self.providers = [str(self._model.device_type)]
         self._eos_tokens = settings.eos_tokens
         self._weights_bytes = sum(file.stat().st_size for file in folder.glob(f"{settings.graph_file.name}*"))
         self._num_streams = 0
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Not with this runtime."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
