@@ -7,6 +7,7 @@ because a builder may crash, and is ended with it.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from model_registry.compatibility.hardware_key import HardwareKey, parse_key
 from model_registry.engine_builder import EngineBuilder, Outcome
 from model_registry.manifest import Manifest
 from wire.errors import UnsupportedModelError
+from wire.tether import tethered
 
 LOOK_S = 0.1
 MAX_SAID_CHARS = 1000
@@ -79,7 +81,7 @@ def _build_apart(key: str, graph: Path, engine: Path, going_on: Callable[[], Non
     command = [sys.executable, "-m", "compiler.engine_builder", key, str(graph), str(engine)]
     with (
         tempfile.TemporaryFile() as output,
-        subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as run,
+        subprocess.Popen(tethered(command, signal.SIGKILL), stdout=output, stderr=subprocess.STDOUT) as run,
     ):
         try:
             while run.poll() is None:

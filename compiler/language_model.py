@@ -22,6 +22,7 @@ import torch
 
 from compiler.prompt_set import Answers, ask_source
 from compiler.tools import ToolCrashedError, run_tool
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import ForeshoreError, UnsupportedModelError
 
 WINDOW_TOKENS = 256
@@ -179,10 +180,8 @@ def golden_cases(folder: Path) -> list[dict[str, list[int]]]:
     config = genai.Config(str(folder))
     config.clear_providers()  # a graph for a GPU is asked on the CPU, too
     model = genai.Model(config)
-    tokenizer = genai.Tokenizer(model)
     cases = []
-    for prompt in _PROMPTS:
-        tokens = [int(token) for token in tokenizer.encode(_as_chat(tokenizer, prompt))]
+    for tokens in golden_prompts(ChatTokenizer(folder)):
         parameters = genai.GeneratorParams(model)
         parameters.set_search_options(do_sample=False, max_length=len(tokens) + _GOLDEN_TOKENS)
         generator = genai.Generator(model, parameters)
@@ -194,9 +193,8 @@ def golden_cases(folder: Path) -> list[dict[str, list[int]]]:
     return cases
 
 
-def _as_chat(tokenizer: Any, prompt: str) -> str:
-    messages = json.dumps([{"role": "user", "content": prompt}])
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    except RuntimeError:  # a base model without a chat template
-        return prompt
+def golden_prompts(tokenizer: ChatTokenizer) -> list[list[int]]:
+    """Token ids of the golden prompts, cut as a device cuts them; as plain text for a model without a chat template."""
+    if not tokenizer.has_chat_template:
+        return [tokenizer.encode(prompt) for prompt in _PROMPTS]
+    return [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in _PROMPTS]

@@ -23,6 +23,7 @@ LAYERS = "layers.json"
 CONFIG = "genai_config.json"
 _PROJECTIONS = {"attention": ("/attn/",), "down": ("/down_proj/",), "gate-up": ("/gate_", "/up_proj/")}
 _IMPORT_TOOLS = ("gguf", "numpy", "safetensors", "tokenizers", "torch")
+_MEASURE_TOOLS = ("numpy", "onnx", "onnxruntime", "onnxruntime-genai", "tokenizers")
 _BUILD_TOOLS = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
 
 
@@ -103,7 +104,7 @@ def source_logits(shop: Workshop, source: Path, fingerprint: str, num_tokens: in
         np.save(to / "logits.npy", held.logits.astype(np.float32))
         held.answers.save(to / "answers.json")
 
-    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=4)
+    stage = Stage("source-logits", decided, ("torch", "transformers"), build, version=5)
     return shop.run(stage, "the source reads held text and answers prompts")
 
 
@@ -124,7 +125,7 @@ def measure(shop: Workshop, model: Built, reference: Built) -> dict[str, float]:
         figures["broken_numbers"] = soundness.count_broken_numbers(model.path(MODEL) / "model.onnx")
         (to / "figures.json").write_text(json.dumps(figures))
 
-    stage = Stage("measure", decided, ("numpy", "onnx", "onnxruntime", "onnxruntime-genai"), build, version=3)
+    stage = Stage("measure", decided, _MEASURE_TOOLS, build, version=4)
     built = shop.run(stage, "the artefact reads held text and answers prompts")
     return dict(built.read_json("figures.json"))
 
@@ -138,7 +139,7 @@ def speeds(shop: Workshop, model: Built) -> dict[str, dict[str, float] | str]:
 
         (to / "speeds.json").write_text(json.dumps(measure_speeds(model.path(MODEL))))
 
-    stage = Stage("speeds", decided, ("onnxruntime", "onnxruntime-genai"), build, version=2, reproducibility="timing")
+    stage = Stage("speeds", decided, ("onnxruntime", "onnxruntime-genai"), build, version=3, reproducibility="timing")
     return dict(shop.run(stage, "the agent's runtimes decode in turn").read_json("speeds.json"))
 
 
@@ -154,7 +155,9 @@ def golden(shop: Workshop, model: Built) -> Built:
         (to / GOLDEN).write_text(json.dumps({"cases": cases}))
 
     decided = {"model": model.digest, "machine": platform.machine()}
-    return shop.run(Stage("golden", decided, ("onnxruntime-genai",), build), "writing golden continuations")
+    return shop.run(
+        Stage("golden", decided, ("onnxruntime-genai", "tokenizers"), build, version=2), "writing golden continuations"
+    )
 
 
 def limited_config(shop: Workshop, model: Built, context_tokens: int) -> Built:

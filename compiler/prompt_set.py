@@ -1,10 +1,9 @@
 """The prompt set: short questions whose greedy answers source and artefact must share, and texts that both must cut
 into the same tokens.
 
-The source is asked through transformers, the artefact through ONNX Runtime GenAI, as devices run it: so the tokenizer,
-the rotary tables and the KV cache of the real runtime are part of what is compared. The artefact gets the source's own
-prompt tokens; a tokenizer of another model shows in `tokenizer_match`, not as a poor answer. The long text has single
-spaces: ONNX Runtime GenAI cuts indentation before a digit in other places than transformers, for every artefact alike.
+The source is asked through transformers, the artefact through ONNX Runtime GenAI, its texts cut as devices cut them: so
+the tokenizer, the rotary tables and the KV cache of the real runtime are part of what is compared. The artefact gets
+the source's own prompt tokens; a tokenizer of another model shows in `tokenizer_match`, not as a poor answer.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from model_registry.chat_tokenizer import ChatTokenizer
 from model_registry.manifest import canonical_bytes, sha256
 
 ANSWER_TOKENS = 4
@@ -38,7 +38,7 @@ TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs.",
     "def f(x):\n    return x ** 2  # squared\n\n",
     "Größe, naïve café, Ελλάδα, 日本語, 🙂",
-    " ".join((topics.topics["assert"] + topics.topics["floating"] + topics.topics["strings"]).split()),
+    topics.topics["assert"] + topics.topics["floating"] + topics.topics["strings"],
     "don't WE'RE 1234567 3.14  \t tabs and  spaces   ",
 )
 
@@ -102,12 +102,11 @@ def _as_chat(tokenizer: Any, prompt: str) -> str:
 def ask_artefact(folder: Path, prompts: list[list[int]]) -> Answers:
     """The answers of the artefact in `folder` to the same prompt tokens, on the CPU, one token at a time."""
     import onnxruntime_genai as genai
-    from tokenizers import Tokenizer
 
     config = genai.Config(str(folder))
     config.clear_providers()  # a graph for a GPU is asked on the CPU, too
     model = genai.Model(config)
-    tokenizer = genai.Tokenizer(model)
+    tokenizer = ChatTokenizer(folder)
     answers = []
     for tokens in prompts:
         parameters = genai.GeneratorParams(model)
@@ -119,10 +118,8 @@ def ask_artefact(folder: Path, prompts: list[list[int]]) -> Answers:
             generator.generate_next_token()
             answer.append(int(generator.get_next_tokens()[0]))
         answers.append(answer)
-    texts = [[int(token) for token in tokenizer.encode(text)] for text in TEXTS]
-    file = folder / "tokenizer.json"
-    vocabulary = _vocabulary(Tokenizer.from_file(str(file)).to_str()) if file.exists() else ""
-    return Answers(texts, vocabulary, prompts, answers)
+    texts = [tokenizer.encode(text) for text in TEXTS]
+    return Answers(texts, _vocabulary(tokenizer.to_json()), prompts, answers)
 
 
 def prompt_figures(source: Answers, artefact: Answers) -> dict[str, float]:

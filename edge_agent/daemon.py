@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_agent.config import Home, Profile
+from edge_agent.thrift import use_one_heap
 from wire.errors import InvalidInputError
 from wire.exposure import KEEP_ALIVE_S, is_loopback, listen
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> None:
             f"--host {options.host}: the local API asks nobody who they are",
             remedy="stay on loopback, put a proxy before it",
         )
+    use_one_heap()
     os.umask(0o077)
     asyncio.run(_run(Home(options.home), options.host, options.port, options.port_file))
 

@@ -41,6 +41,7 @@ from model_registry.engine_faults import ENGINE_FAULTS
 from model_registry.manifest import EngineBuild, parse_engine_build, sha256
 from wire.errors import ForeshoreError, IntegrityError, NotFoundError, TimedOutError, UnavailableError
 from wire.messages import ModelState
+from wire.tether import tethered
 
 if TYPE_CHECKING:
     from model_registry.client import ControlClient, EngineLease, EngineOffer
@@ -298,7 +299,8 @@ class EngineWork:
             raise RefusedError(f"the lease is for {lease.hardware_key}", remedy=f"this device is {self._key()}")
         manifest = self._device.store.get_manifest(lease.manifest)
         places = {"graph": self._device.store.files(lease.manifest) / manifest.entry, "engine": engine}
-        command = ["nice", "-n", "10", *(part.format(**places) for part in self._settings.build or [])]
+        wanted = ["nice", "-n", "10", *(part.format(**places) for part in self._settings.build or [])]
+        command = tethered(wanted, signal.SIGKILL)
         until = time.monotonic() + self._settings.build_timeout_s
         with (
             tempfile.TemporaryFile() as output,

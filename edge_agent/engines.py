@@ -11,14 +11,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import psutil
 
+from edge_agent.cache_shares import share_cache
 from edge_agent.conduct import Conduct
 from edge_agent.runtimes.base import LanguageRuntime, TensorRuntime
 from edge_agent.state import Slot
+from edge_agent.thrift import give_back
 from model_registry.manifest import Manifest
 from wire.errors import InsufficientSpaceError, NotFoundError, OverloadedError
+
+MIN_CONTEXT_TOKENS = 64
 
 
 @dataclass
@@ -36,8 +41,40 @@ class Engine:
 
     @property
     def memory_bytes(self) -> int:
-        """What it counts for in the budget: the larger of what was stated and what was measured."""
-        return max(memory_bytes(self.manifest), self.measured_bytes)
+        """What it counts for in the budget: the larger of what was stated and what was measured, with one context."""
+        return max(memory_bytes(self.manifest), self.weights_bytes + self.context_bytes)
+
+    @property
+    def weights_bytes(self) -> int:
+        """As measured, else what was stated, without a context."""
+        return self.measured_bytes or max(self.manifest.size_bytes, memory_bytes(self.manifest) - self.context_bytes)
+
+    @property
+    def context_bytes(self) -> int:
+        """Keys and values of one full context; 0 where there are none, or nobody knows."""
+        language = self._language
+        return language.cache_token_bytes * language.max_context_tokens if language is not None else 0
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Bound the keys and values of all its streams."""
+        if self._language is not None:
+            self._language.limit_cache(num_bytes)
+
+    def check_context(self) -> None:
+        """Raise `InsufficientSpaceError` where the budget leaves a language model no context worth the name."""
+        language = self._language
+        if language is None or language.context_tokens >= min(MIN_CONTEXT_TOKENS, language.max_context_tokens):
+            return
+        raise InsufficientSpaceError(
+            f"beside its weights there is memory for {language.context_tokens} tokens",
+            remedy="raise memory_budget_bytes or remove a model",
+            needed_bytes=MIN_CONTEXT_TOKENS * language.cache_token_bytes,
+            free_bytes=language.context_tokens * language.cache_token_bytes,
+        )
+
+    @property
+    def _language(self) -> LanguageRuntime | None:
+        return cast(LanguageRuntime, self.runtime) if self.manifest.kind == "language" else None
 
 
 def memory_bytes(manifest: Manifest) -> int:
@@ -94,7 +131,11 @@ class Admission:
 
 
 class Engines:
-    """Active engines by model name, beside candidates that are being tried."""
+    """Active engines by model name, beside candidates that are being tried.
+
+    Each language model may use what the budget leaves for keys and values (`cache_shares`): at least one context counts
+    for it, more streams take what nobody else counts for, until another model comes.
+    """
 
     def __init__(self, memory_budget_bytes: int) -> None:
         self._budget_bytes = memory_budget_bytes
@@ -136,6 +177,7 @@ class Engines:
     def add(self, engine: Engine) -> None:
         """Count a loaded engine."""
         self._loaded.append(engine)
+        self._share_cache()
 
     def route(self, name: str, engine: Engine | None) -> Engine | None:
         """Let `engine` answer for `name` from now on; returns the one before."""
@@ -166,4 +208,19 @@ class Engines:
     def _free_if_idle(self, engine: Engine) -> None:
         if engine.is_retired and engine.num_users == 0 and engine in self._loaded:
             self._loaded.remove(engine)
-            asyncio.get_running_loop().run_in_executor(None, engine.runtime.close)  # takes its time
+            self._share_cache()
+            asyncio.get_running_loop().run_in_executor(None, _unload, engine)  # takes its time
+
+    def _share_cache(self) -> None:
+        """What the weights leave of the budget is for keys and values."""
+        cached = [engine for engine in self._loaded if engine.context_bytes]
+        tensors = [engine for engine in self._loaded if not engine.context_bytes]
+        used_bytes = sum(engine.weights_bytes for engine in cached) + sum(engine.memory_bytes for engine in tensors)
+        shares = share_cache(self._budget_bytes - used_bytes, [engine.context_bytes for engine in cached])
+        for engine, share in zip(cached, shares, strict=True):
+            engine.limit_cache(share)
+
+
+def _unload(engine: Engine) -> None:
+    engine.runtime.close()
+    give_back()

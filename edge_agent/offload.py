@@ -55,6 +55,7 @@ class Situation:
     model_is_here: bool
     missing_reason: str = ""
     context_tokens: int = 0
+    model_context_tokens: int = 0  # what it would be with more memory; 0: the same
     num_running: int = 0
     num_waiting: int = 0
     queue_is_full: bool = False
@@ -150,10 +151,15 @@ def _device_filters(request: Request, situation: Situation) -> list[str]:
     reasons = []
     total = request.prompt_tokens + request.max_tokens
     if situation.context_tokens and total > situation.context_tokens:
-        reasons.append(f"{total} tokens exceed the device's context of {situation.context_tokens}")
+        reasons.append(f"{total} tokens exceed the device's context of {_context(situation)}")
     if situation.queue_is_full:
         reasons.append(f"the device's queue is full ({situation.num_running} run, {situation.num_waiting} wait)")
     return reasons
+
+
+def _context(situation: Situation) -> str:
+    here, whole = situation.context_tokens, situation.model_context_tokens
+    return f"{here} (its memory budget holds no more, the model has {whole})" if whole > here else str(here)
 
 
 def _cloud_filters(request: Request, situation: Situation) -> list[str]:

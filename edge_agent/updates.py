@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from tuf.api.metadata import TargetFile
@@ -25,7 +26,7 @@ from edge_agent.engines import Engine, Engines
 from edge_agent.fetch import Progress
 from edge_agent.hardware import check_suits, find_hardware
 from edge_agent.journal import Journal
-from edge_agent.runtimes.base import load
+from edge_agent.runtimes.base import LanguageRuntime, TensorRuntime, load
 from edge_agent.slots import Store, told_as_space
 from edge_agent.state import (
     Abandon,
@@ -48,6 +49,7 @@ from edge_agent.state import (
     from_dict,
     step,
 )
+from edge_agent.thrift import give_back
 from edge_agent.trial import try_out
 from edge_agent.verify import DeviceTrust, RefusedError, check_fresh, open_manifest, open_release
 from model_registry.manifest import Manifest, ReleaseArtefact
@@ -294,6 +296,7 @@ class Update:
             self._retire(engines.route(manifest.name, None))
         measured_bytes = await self._try_out(wanted.slot, engines.free_bytes(replacing=replacing))
         self._candidate = await self._open(wanted.slot, measured_bytes)
+        self._candidate.check_context()
 
     async def _try_out(self, slot: Slot, free_bytes: int) -> int:
         """Memory the model takes, measured where it can do no harm."""
@@ -342,10 +345,17 @@ class Update:
     async def _open(self, slot: Slot, measured_bytes: int = 0) -> Engine:
         store = self._device.store
         manifest = store.get_manifest(slot.manifest)
-        runtime = await asyncio.to_thread(load, manifest, store.files(slot.manifest), self._device.profile)
+        runtime = await asyncio.to_thread(self._load_small, manifest, store.files(slot.manifest))
         engine = Engine(slot, manifest, runtime, measured_bytes)
         self._device.engines.add(engine)
         return engine
+
+    def _load_small(self, manifest: Manifest, files: Path) -> TensorRuntime | LanguageRuntime:
+        """Loading takes for a moment more than the model; that goes back to the system at once."""
+        try:
+            return load(manifest, files, self._device.profile)
+        finally:
+            give_back()
 
     async def _restore(self, slot: Slot | None, *, is_careful: bool) -> None:
         """Let `slot` answer; a model that does not load is told to the state machine."""

@@ -22,14 +22,15 @@ NUM_PORT_TRIALS = 50
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(signum: int = signal.SIGTERM) -> bool:
+def die_with_parent(signum: int = signal.SIGTERM, *, parent: int | None = None) -> bool:
     """Have the kernel send `signum` to this process when its parent ends; True where that is possible.
 
-    The parent may have died before the call took effect: then this process ends at once.
+    The parent may have died before the call took effect: then this process ends at once. Who knows its parent's id
+    from the parent itself gives it, since a parent that died before this call is only noticed by that.
     """
     if sys.platform != "linux":
         return False
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum) != 0:
         return False
     if os.getppid() != parent:

@@ -18,6 +18,7 @@ from cloud.demo.patience import PATIENCE_S, patiently
 from model_registry.client import ControlClient, connect
 from model_registry.exit_codes import UNREACHABLE
 from wire.errors import ForeshoreError, TimedOutError, UnavailableError
+from wire.tether import tethered
 
 READY_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
@@ -36,11 +37,10 @@ class Platform:
     def start(self) -> None:
         """Start everything and wait until it is ready."""
         self._state_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "cloud.up.exec"]  # ends with us, however we end
-        command += [sys.executable, "-m", "cloud.cli", "up", "--home", str(self.home)]
+        command = [sys.executable, "-m", "cloud.cli", "up", "--home", str(self.home)]
         for model in self._cloud_models:
             command += ["--cloud-model", model]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(tethered(command), stdin=subprocess.DEVNULL)  # ends with us, however we end
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self.state().get("ready"):
             if self._process.poll() is not None:

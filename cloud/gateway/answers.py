@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloud.gateway.generation import Outcome
-from cloud.gateway.text import ChatTokenizer
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.embeddings import EmbeddingRequest, embedding_list, embedding_object
 from wire.errors import ForeshoreError
 

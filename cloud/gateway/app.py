@@ -37,8 +37,8 @@ from cloud.gateway.schemas import (
     parse_completion,
     parse_embedding,
 )
-from cloud.gateway.text import ChatTokenizer
 from cloud.gateway.vectors import EmbeddingJob, Vectors, token_inputs
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.decision import Decision
 from wire.errors import ForeshoreError, InvalidInputError, NotFoundError, TooLargeError, UnavailableError
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from cloud.gateway.answers import Piece
 from cloud.gateway.generation import Generation
-from cloud.gateway.text import ChatTokenizer, TextStream
+from cloud.gateway.text import TextStream
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import ForeshoreError, UnavailableError
 
 _MAX_PENDING = 64

@@ -19,7 +19,7 @@ from cloud.gateway.app import Gateway, ServedModel, create_app
 from cloud.gateway.auth import Authenticator, ControlPlaneTokens, FileTokens
 from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet, WorkerSpec, parse_worker
-from cloud.gateway.text import ChatTokenizer
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import InvalidInputError
 from wire.exposure import KEEP_ALIVE_S, is_loopback, listen, require_tls_off_loopback
 from wire.process import die_with_parent, write_port_file

@@ -21,9 +21,9 @@ import numpy as np
 from cloud.gateway.decisions import DecisionLog
 from cloud.gateway.fleet import Fleet, WorkerLink
 from cloud.gateway.generation import MAX_ATTEMPTS, START_PATIENCE_S, Outcome
-from cloud.gateway.text import ChatTokenizer
 from cloud.serving.router import RouteQuery, WorkerView, route
 from cloud.serving.rpc import PROTOCOL_VERSION
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire import engine_pb2 as pb
 from wire.decision import Decision
 from wire.embeddings import EmbeddingRequest

@@ -10,11 +10,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+
+from wire.tether import tethered
 
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 15.0
@@ -81,7 +82,7 @@ class Child:
         _rotate(spec.log_file)
         with spec.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cloud.up.exec", *spec.command],
+                tethered(spec.command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

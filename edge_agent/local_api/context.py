@@ -71,14 +71,15 @@ class Context:
             deadline_ms=_number(headers, "x-foreshore-deadline-ms"),
         )
         engine = self.agent.engines.find(model)
+        is_language = engine is not None and engine.manifest.kind == "language"
+        language = cast(LanguageRuntime, engine.runtime) if engine is not None and is_language else None
         admission = self.agent.admission
         climate = self._climate()
         situation = Situation(
             model_is_here=engine is not None,
             missing_reason=self._why_missing(model),
-            context_tokens=cast(LanguageRuntime, engine.runtime).context_tokens
-            if engine and engine.manifest.kind == "language"
-            else 0,
+            context_tokens=language.context_tokens if language is not None else 0,
+            model_context_tokens=language.max_context_tokens if language is not None else 0,
             num_running=admission.num_running,
             num_waiting=admission.num_waiting,
             queue_is_full=admission.is_full,

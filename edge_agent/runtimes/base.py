@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from edge_agent.config import Profile
 from model_registry.manifest import Manifest
-from wire.errors import ForeshoreError, UnsupportedModelError
+from wire.errors import ForeshoreError, InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -110,7 +110,17 @@ class LanguageRuntime(Protocol):
 
     name: str
     providers: list[str]
-    context_tokens: int
+    max_context_tokens: int  # of the model, as the device's profile allows it
+    cache_token_bytes: int  # keys and values of one token; 0: not known
+
+    @property
+    def context_tokens(self) -> int:
+        """Of one stream: `max_context_tokens`, or fewer where `limit_cache` says so."""
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Let keys and values of all streams take no more than this: a stream waits until it fits beside those that
+        run, which keep what they have. Nothing where `cache_token_bytes` is 0.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -183,6 +193,17 @@ def generate(runtime: LanguageRuntime, prompt: Sequence[int], sampling: Sampling
                 return
     finally:
         cancel()
+
+
+def check_length(prompt: Sequence[int], max_tokens: int, context_tokens: int) -> None:
+    """Raise `InvalidInputError` for a prompt that is empty or too long."""
+    if not prompt:
+        raise InvalidInputError("the prompt is empty", remedy="send some text")
+    if len(prompt) + max_tokens > context_tokens:
+        raise InvalidInputError(
+            f"{len(prompt)} prompt and {max_tokens} new tokens exceed {context_tokens}",
+            remedy="send a shorter prompt or a lower max_tokens",
+        )
 
 
 def _engine_key(profile: Profile, folder: Path) -> str | None:

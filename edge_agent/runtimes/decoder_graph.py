@@ -17,6 +17,7 @@ from edge_agent.runtimes.decoder_names import MASK, POSITIONS, TOKENS, past_name
 from edge_agent.runtimes.growing_graph import GrowingGraph
 from edge_agent.runtimes.language_settings import LanguageSettings
 from edge_agent.runtimes.shared_graph import SharedGraph
+from edge_agent.thrift import use_one_heap
 from wire.errors import UnsupportedModelError
 
 
@@ -51,8 +52,14 @@ class DecoderGraph(Protocol):
 
 
 def open_session(settings: LanguageSettings, num_threads: int) -> Any:
-    """The graph on the CPU; raises `UnsupportedModelError`."""
+    """The graph on the CPU; raises `UnsupportedModelError`.
+
+    ONNX Runtime's arena is off: it would keep what the longest prompt needed for as long as the model is loaded. The
+    heap keeps it, too, but gives it back when the streams have ended.
+    """
+    use_one_heap()
     options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False
     options.intra_op_num_threads = num_threads
     options.log_severity_level = 3
     try:

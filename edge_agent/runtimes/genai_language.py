@@ -22,10 +22,11 @@ from edge_agent.runtimes.base import (
     NotFiniteError,
     Piece,
     Sampling,
+    check_length,
 )
 from edge_agent.runtimes.language_settings import LanguageSettings
 from edge_agent.runtimes.stop_text import StopText
-from edge_agent.runtimes.tokenizer import Tokenizer, check_length
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import UnsupportedModelError
 
 
@@ -35,18 +36,22 @@ class GenaiLanguage:
     name = "onnxruntime-genai"
 
     def __init__(self, folder: Path, settings: LanguageSettings, limits: LanguageLimits) -> None:
-        self._tokenizer = Tokenizer(folder)
+        self._tokenizer = ChatTokenizer(folder)
         try:
             self._model: Any = genai.Model(str(folder))
         except Exception as error:
             raise UnsupportedModelError(
                 f"the model does not load: {error}", remedy="compile it for this device"
             ) from error
-        self.context_tokens = min(limits.context_tokens, settings.context_tokens)
+        self.context_tokens = self.max_context_tokens = min(limits.context_tokens, settings.context_tokens)
+        self.cache_token_bytes = 0  # GenAI does not tell
         self.providers = [str(self._model.device_type)]
         self._eos_tokens = settings.eos_tokens
         self._weights_bytes = sum(file.stat().st_size for file in folder.glob(f"{settings.graph_file.name}*"))
         self._num_streams = 0
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Not with this runtime."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -54,7 +59,7 @@ class GenaiLanguage:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's template."""
-        return self._tokenizer.chat_tokens(messages)
+        return self._tokenizer.encode_chat(messages)
 
     def start(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Cancel:
         """Begin a stream in a thread of its own."""
@@ -108,12 +113,12 @@ class GenaiLanguage:
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
             if token in self._eos_tokens:
-                return Piece(token, text.flush(), "stop")
+                return Piece(token, text.push(detokenizer.flush()) + text.flush(), "stop")
             out = text.push(detokenizer.decode(token))
             if text.is_stopped:
                 return Piece(token, out, "stop")
             if number == sampling.max_tokens or generator.is_done():
-                return Piece(token, out + text.flush(), "length")
+                return Piece(token, out + text.push(detokenizer.flush()) + text.flush(), "length")
             deliver(Piece(token, out))
         return Piece(-1, text.flush(), "cancelled")
 

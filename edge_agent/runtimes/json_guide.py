@@ -1,19 +1,20 @@
 """Answers that must be JSON, or match a JSON schema: before each choice, the tokens that can follow.
 
 The grammar's automaton is llguidance's (optional extra `guided`). When the document is complete only end-of-sequence is
-left. Whitespace between values is short, or a model that likes it would never come to an end.
+left. Whitespace between values is short, or a model that likes it would never come to an end. The automaton reads the
+vocabulary of the tokenizer that is here already; only where its decoder is of an unknown kind it loads one of its own.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_agent.runtimes.base import Array
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import InvalidInputError, MissingExtraError
 
 MAX_SCHEMA_CHARS = 1 << 16
@@ -43,13 +44,13 @@ class JsonGuide:
 
 
 class JsonGuides:
-    """Makes guides for one model; reads its tokenizer at first use."""
+    """Makes guides for one model; indexes its vocabulary at first use."""
 
-    def __init__(self, tokenizer_file: Path, vocabulary_size: int, eos_tokens: Sequence[int]) -> None:
-        self._file = tokenizer_file
+    def __init__(self, tokenizer: ChatTokenizer, vocabulary_size: int, eos_tokens: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         self._eos_tokens = sorted(eos_tokens)
-        self._tokenizer: Any = None
+        self._index: Any = None
 
     def make(self, schema: str) -> JsonGuide:
         """A guide for a schema as JSON text (`{}`: any object); raises `InvalidInputError` for one it cannot follow."""
@@ -65,18 +66,40 @@ class JsonGuides:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 json.loads(schema), overrides={"whitespace_pattern": WHITESPACE}
             )
-            matcher = llguidance.LLMatcher(self._read_tokenizer(llguidance), grammar)
+            matcher = llguidance.LLMatcher(self.read_vocabulary(), grammar)
         except ValueError as error:
             raise _refusal(str(error)) from error
         if matcher.is_error():
             raise _refusal(matcher.get_error())
         return JsonGuide(matcher, self._eos_tokens)
 
-    def _read_tokenizer(self, llguidance: Any) -> Any:
-        if self._tokenizer is None:
-            text = self._file.read_text(encoding="utf-8")
-            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._vocabulary_size, eos_token=self._eos_tokens)
-        return self._tokenizer
+    def read_vocabulary(self) -> Any:
+        """llguidance's index of the vocabulary, made once."""
+        import llguidance
+
+        if self._index is None:
+            names = self._tokenizer.find_token_bytes(self._vocabulary_size)
+            options: dict[str, Any] = {"n_vocab": self._vocabulary_size, "eos_token": self._eos_tokens}
+            if names is None:
+                self._index = llguidance.LLTokenizer(self._tokenizer.to_json(), **options)
+            else:
+                wrapper = llguidance.TokenizerWrapper(_Vocabulary(names, self._eos_tokens[0], self._tokenizer))
+                self._index = llguidance.LLTokenizer(wrapper, **options)
+                names.clear()  # the index has them now
+        return self._index
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it; special tokens are marked in `tokens`."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], eos_token: int, tokenizer: ChatTokenizer) -> None:
+        self.tokens, self.eos_token_id, self._tokenizer = tokens, eos_token, tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """Token ids of a text that the grammar forces."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 def _refusal(reason: str) -> InvalidInputError:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from edge_agent.runtimes.base import LanguageLimits, LanguageRuntime
 from edge_agent.runtimes.decoder_graph import NoPlainDecoderError
-from edge_agent.runtimes.genai_language import GenaiLanguage
 from edge_agent.runtimes.language_settings import read_settings
 from edge_agent.runtimes.onnx_language import OnnxLanguage
 from model_registry.manifest import ChosenRuntime
@@ -34,4 +33,6 @@ def load_language(folder: Path, limits: LanguageLimits, choice: ChosenRuntime | 
     if choice is None and settings.is_for_cpu:
         with contextlib.suppress(NoPlainDecoderError):
             return OnnxLanguage(folder, settings, limits)
+    from edge_agent.runtimes.genai_language import GenaiLanguage  # brings another ONNX Runtime: megabytes for nothing
+
     return GenaiLanguage(folder, settings, limits)

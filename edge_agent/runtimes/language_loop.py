@@ -1,12 +1,14 @@
 """Streams of one language model, interleaved by one thread: each turn reads a chunk of one prompt and decodes one token
 of every stream that runs. Streams join and leave between steps; none waits for another one's end.
 
-Order: first come, first served. A cancelled stream leaves before the next step; its own prefill is cut off at once.
-A step that fails ends the streams that took part in it, each with the error, and the thread goes on.
+Order: first come, first served. A stream begins when its prompt and all that it may answer fit into the cache beside
+those that run; one alone always does. A cancelled stream leaves before the next step; its own prefill is cut off at
+once. A step that fails ends the streams that took part in it, each with the error, and the thread goes on.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from edge_agent.runtimes.decoder_graph import DecoderGraph
 from edge_agent.runtimes.json_guide import JsonGuide
 from edge_agent.runtimes.sampler import Sampler
 from edge_agent.runtimes.stop_text import StopText
+from edge_agent.thrift import trim
 from wire.errors import UnavailableError
 
 CHUNK_TOKENS = 128
@@ -29,6 +32,9 @@ CHUNK_TOKENS = 128
 
 TAIL_TOKENS = 32
 """The last tokens of a prompt, whose logits are computed: so few cost less than a call of their own."""
+
+REST_S = 0.5
+"""Without a stream, before free memory goes back to the system."""
 
 IDLE_S = 60.0
 R = TypeVar("R")
@@ -39,6 +45,9 @@ class Detokenizer(Protocol):
 
     def decode(self, token: int) -> str:
         """The text that `token` completes."""
+
+    def flush(self) -> str:
+        """What stayed incomplete."""
 
 
 @dataclass(eq=False)
@@ -58,6 +67,11 @@ class Stream:
     sampler: Sampler = field(init=False)
     text: StopText = field(init=False)
 
+    @property
+    def most_tokens(self) -> int:
+        """In the cache at its end."""
+        return len(self.prompt) + self.sampling.max_tokens
+
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.sampling, self.prompt)
         self.text = StopText(self.sampling.stop)
@@ -71,6 +85,7 @@ class LanguageLoop:
         self._batch: Batch[Stream] = Batch(graph.num_rows - 1)
         self._waiting: deque[Stream] = deque()
         self._calls: deque[Callable[[], None]] = deque()
+        self.max_cached_tokens = sys.maxsize  # of all streams; may change at any time
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=f"language-{name}", daemon=True)
@@ -84,8 +99,7 @@ class LanguageLoop:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens in the cache."""
-        running = [*self._batch.decoding, self._batch.prefilling]
-        return sum(stream.num_cached for stream in running if stream is not None)
+        return sum(stream.num_cached for stream in self._running())
 
     def submit(self, stream: Stream) -> None:
         """Queue a stream."""
@@ -141,28 +155,41 @@ class LanguageLoop:
 
     def _await_work(self) -> bool:
         with self._changed:
-            while not (self._is_closing or self._calls or self.num_streams):
+            if not self._changed.wait_for(self._has_work, REST_S):
+                trim()  # what the streams needed beside the cache
+            while not self._has_work():
                 self._changed.wait(IDLE_S)
             return not self._is_closing
+
+    def _has_work(self) -> bool:
+        return bool(self._is_closing or self._calls or self.num_streams)
 
     def _turn(self) -> None:
         while self._calls:
             self._calls.popleft()()
         self._drop_cancelled()
-        if self._waiting and self._batch.has_room:
+        if self._waiting and self._batch.has_room and self._fits(self._waiting[0]):
             self._batch.join(self._waiting.popleft())
         if self._batch.prefilling is not None:
             self._prefill(self._batch.prefilling)
         if self._batch.decoding:
             self._decode(list(self._batch.decoding))
 
+    def _fits(self, stream: Stream) -> bool:
+        reserved = sum(other.most_tokens for other in self._running())
+        return not reserved or reserved + stream.most_tokens <= self.max_cached_tokens
+
+    def _running(self) -> list[Stream]:
+        """In the order of their rows."""
+        prefilling = self._batch.prefilling
+        return [*self._batch.decoding, prefilling] if prefilling is not None else list(self._batch.decoding)
+
     def _drop_cancelled(self) -> None:
         with self._changed:
             dropped = [stream for stream in self._waiting if stream.is_cancelled]
             for stream in dropped:
                 self._waiting.remove(stream)
-        running = [*self._batch.decoding, self._batch.prefilling]
-        for stream in [*dropped, *(s for s in running if s is not None and s.is_cancelled)]:
+        for stream in [*dropped, *(s for s in self._running() if s.is_cancelled)]:
             self._end(stream, Piece(-1, stream.text.flush(), "cancelled"))
 
     def _prefill(self, stream: Stream) -> None:
@@ -199,7 +226,7 @@ class LanguageLoop:
         stream.num_tokens += 1
         stream.next_token = token
         if token in self._eos_tokens:
-            self._end(stream, Piece(token, stream.text.flush(), "stop"))
+            self._end(stream, Piece(token, _rest(stream), "stop"))
             return
         if stream.guide is not None:
             stream.guide.consume(token)
@@ -207,7 +234,7 @@ class LanguageLoop:
         if stream.text.is_stopped:
             self._end(stream, Piece(token, text, "stop"))
         elif stream.num_tokens == stream.sampling.max_tokens:
-            self._end(stream, Piece(token, text + stream.text.flush(), "length"))
+            self._end(stream, Piece(token, text + _rest(stream), "length"))
         else:
             self._deliver(stream, Piece(token, text))
 
@@ -228,10 +255,14 @@ class LanguageLoop:
 
     def _cached_in(self, row: int) -> int:
         """Tokens of the stream that now has `row`."""
-        rows = [*self._batch.decoding, self._batch.prefilling]
-        stream = rows[row]
-        return stream.num_cached if stream is not None else 0
+        rows = self._running()
+        return rows[row].num_cached if row < len(rows) else 0
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
         for stream in streams:
             self._end(stream, error)
+
+
+def _rest(stream: Stream) -> str:
+    """What was held back, now that no token comes any more."""
+    return stream.text.push(stream.detokenizer.flush()) + stream.text.flush()

@@ -1,6 +1,5 @@
-"""Language models on the CPU through plain ONNX Runtime, stepped by our loop; tokenizer and chat template are ONNX
-Runtime GenAI's. GenAI's own engine fills a batch and runs it to its end on a CPU; here streams join and leave between
-steps.
+"""Language models on the CPU through plain ONNX Runtime, stepped by our loop; GenAI's own engine fills a batch
+and runs it to its end on a CPU, here streams join and leave between steps.
 """
 
 from __future__ import annotations
@@ -11,12 +10,21 @@ from typing import cast
 
 import numpy as np
 
-from edge_agent.runtimes.base import Array, Cancel, Deliver, LanguageLimits, Memory, NotFiniteError, Sampling
+from edge_agent.runtimes.base import (
+    Array,
+    Cancel,
+    Deliver,
+    LanguageLimits,
+    Memory,
+    NotFiniteError,
+    Sampling,
+    check_length,
+)
 from edge_agent.runtimes.decoder_graph import make_graph, open_session
 from edge_agent.runtimes.json_guide import JsonGuides
 from edge_agent.runtimes.language_loop import CHUNK_TOKENS, LanguageLoop, Stream
 from edge_agent.runtimes.language_settings import LanguageSettings
-from edge_agent.runtimes.tokenizer import Tokenizer, check_length
+from model_registry.chat_tokenizer import ChatTokenizer
 from wire.errors import UnsupportedModelError
 
 
@@ -28,12 +36,23 @@ class OnnxLanguage:
     def __init__(self, folder: Path, settings: LanguageSettings, limits: LanguageLimits) -> None:
         session = open_session(settings, limits.num_threads)
         self.providers = list(session.get_providers())
-        self.context_tokens = min(limits.context_tokens, settings.context_tokens)
-        self._graph = make_graph(session, settings, limits.num_streams + 1, self.context_tokens)
-        self._tokenizer = Tokenizer(folder)
-        self._guides = JsonGuides(folder / "tokenizer.json", settings.vocabulary_size, sorted(settings.eos_tokens))
+        self.max_context_tokens = min(limits.context_tokens, settings.context_tokens)
+        self._graph = make_graph(session, settings, limits.num_streams + 1, self.max_context_tokens)
+        self.cache_token_bytes = self._graph.token_bytes
+        self._tokenizer = ChatTokenizer(folder)
+        self._guides = JsonGuides(self._tokenizer, settings.vocabulary_size, sorted(settings.eos_tokens))
         self._weights_bytes = sum(file.stat().st_size for file in folder.glob(f"{settings.graph_file.name}*"))
         self._loop = LanguageLoop(self._graph, settings.eos_tokens, folder.name)
+        self._loop.max_cached_tokens = self.max_context_tokens * limits.num_streams
+
+    @property
+    def context_tokens(self) -> int:
+        """The model's context, or what its cache may hold."""
+        return min(self.max_context_tokens, self._loop.max_cached_tokens)
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Bound what streams reserve together: their prompts and all that they may answer."""
+        self._loop.max_cached_tokens = num_bytes // self.cache_token_bytes
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -41,7 +60,7 @@ class OnnxLanguage:
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation under the model's template."""
-        return self._tokenizer.chat_tokens(messages)
+        return self._tokenizer.encode_chat(messages)
 
     def start(self, prompt: Sequence[int], sampling: Sampling, deliver: Deliver) -> Cancel:
         """Begin a stream."""
@@ -74,7 +93,7 @@ class OnnxLanguage:
 
     def memory(self) -> Memory:
         """Weights and the pages that streams have filled."""
-        cache_bytes = self._loop.num_cached_tokens * self._graph.token_bytes
+        cache_bytes = self._loop.num_cached_tokens * self.cache_token_bytes
         return Memory(self._weights_bytes, cache_bytes, self._loop.num_streams)
 
     def close(self) -> None:

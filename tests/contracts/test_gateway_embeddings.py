@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("torch")
 openai = pytest.importorskip("openai")
 
-from cloud.gateway.text import ChatTokenizer  # noqa: E402
 from cloud.serving.engine import Engine, EngineConfig, build_engine  # noqa: E402
 from cloud.serving.request import Request  # noqa: E402
+from model_registry.chat_tokenizer import ChatTokenizer  # noqa: E402
 from tests.fakes.serving_gateway import TOKEN, GatewayProcess  # noqa: E402
 from tests.fakes.serving_models import save_tiny_model, save_tiny_tokenizer  # noqa: E402
 from tests.fakes.serving_workers import BLOCK_SIZE, WorkerProcess, wait_until  # noqa: E402

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cloud.gateway.text import ChatTokenizer, TextStream
+from cloud.gateway.text import TextStream
+from model_registry.chat_tokenizer import ChatTokenizer
 from tests.fakes.serving_models import save_tiny_tokenizer
 from wire.errors import InvalidInputError
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -210,6 +211,25 @@ def test_a_process_ends_with_its_parent() -> None:
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _runs(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux only")
+def test_a_tethered_command_ends_with_a_killed_parent_and_never_begins_for_a_dead_one() -> None:
+    parent = "import subprocess as s, time; from wire.tether import tethered;\
+ p = s.Popen(tethered(['sh', '-c', 'echo up; exec sleep 60']), stdout=s.PIPE);\
+ p.stdout.readline(); print(p.pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        pid = int(running.stdout.readline())
+        assert _runs(pid)
+        running.kill()
+    deadline = time.monotonic() + 30
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _runs(pid)
+    orphan = [sys.executable, "-m", "wire.tether", str(int(signal.SIGKILL)), str(pid), "echo", "begun"]
+    done = subprocess.run(orphan, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
 
 
 def _runs(pid: int) -> bool:
