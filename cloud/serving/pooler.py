@@ -5,7 +5,7 @@ Rules, in order:
    begins anew (first chunk, or the prompt is computed again after a preemption).
 2. Nothing here looks at a value on the device, so nothing waits.
 3. The model folder says how its embeddings are pooled (sentence-transformers' `modules.json` and the pooling module's
-   `config.json`); a folder that says nothing is a decoder whose last token has seen the whole input.
+   `config.json`); a folder that says nothing gets the mean, as on a device: both places give one vector.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cloud.serving.scheduler import Chunk
 from cloud.serving.weights import read_json
 from wire.errors import UnsupportedModelError
 
-DEFAULT_POOLING = Pooling.LAST
+DEFAULT_POOLING = Pooling.MEAN
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 _MODES = {
     "mean": Pooling.MEAN,

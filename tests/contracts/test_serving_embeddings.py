@@ -36,7 +36,10 @@ NUM_BLOCKS = 128
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), "llama")
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"), "llama")
+    (folder / "1_Pooling").mkdir()  # the last token's state may come after cached blocks, a mean may not
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_a_folder_of_a_model_without_a_head_embeds(
     transformers.AutoModel.from_pretrained(folders[family], dtype=torch.float32).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [f"{family.capitalize()}Model"]
     engine = engine_for(tmp_path)
-    assert_close(engine.embed(inputs_for(engine, engine.pooling)), expected[family, Pooling.LAST])
+    assert_close(engine.embed(inputs_for(engine, engine.pooling)), expected[family, engine.pooling])
 
 
 def test_attention_in_both_directions_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -213,11 +213,11 @@ def write(path: Path, content: Any) -> None:
     ],
 )
 def test_the_model_folder_says_how_to_pool(config: Any, pooling: Pooling, tmp_path: Path) -> None:
-    assert read_pooling(tmp_path) is Pooling.LAST, "a folder that says nothing"
+    assert read_pooling(tmp_path) is Pooling.MEAN, "a folder that says nothing"
     write(tmp_path / "1_Pooling" / "config.json", config)
     assert read_pooling(tmp_path) is pooling
     write(tmp_path / "modules.json", MODULES)
-    assert read_pooling(tmp_path) is Pooling.LAST, "the module's folder has no file"
+    assert read_pooling(tmp_path) is Pooling.MEAN, "the module's folder has no file"
     write(tmp_path / "pool" / "config.json", config)
     assert read_pooling(tmp_path) is pooling
 
@@ -242,5 +242,5 @@ def test_a_folder_that_pools_otherwise_is_refused(name: str, content: Any, reaso
 
 def test_the_engine_takes_the_folders_pooling(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m")
-    write(folder / "1_Pooling" / "config.json", {**FLAGS, "pooling_mode_mean_tokens": True})
-    assert engine_for(folder).pooling is Pooling.MEAN
+    write(folder / "1_Pooling" / "config.json", {**FLAGS, "pooling_mode_lasttoken": True})
+    assert engine_for(folder).pooling is Pooling.LAST
