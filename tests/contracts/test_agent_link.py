@@ -23,7 +23,9 @@ def test_speaking_while_listening_breaks_no_record(tmp_path: Path) -> None:
         plane.close()
     assert heard >= NUM_MESSAGES
     assert num_breaks == 0
-    assert "OpenSSL Error" not in (plane.folder / "mosquitto" / "mosquitto.log").read_text()
+    log = (plane.folder / "mosquitto" / "mosquitto.log").read_text().splitlines()
+    # one that leaves without a goodbye, as in the end, is no broken record
+    assert [line for line in log if "OpenSSL Error" in line and "unexpected eof" not in line] == []
 
 
 async def _flood(plane: Plane, folder: Path) -> tuple[int, int]:

@@ -38,7 +38,10 @@ def test_any_seed_holds_and_the_state_survives_json(seed: int) -> None:
     assert rollout.from_dict(state.to_dict()) == state
 
 
-@given(st.lists(st.sampled_from([{"count": 1}, {"count": 3}, {"percent": 10}, {"percent": 50}, {"percent": 100}])))
+WAVES = [{"count": 1}, {"count": 3}, {"percent": 10}, {"percent": 50}, {"percent": 100}]
+
+
+@given(st.lists(st.sampled_from(WAVES), max_size=rollout.MAX_WAVES))
 def test_waves_hold_every_device_once_in_order(waves: list[dict[str, float]]) -> None:
     planned = rollout.plan_waves(NAMES, waves)
     assert [name for wave in planned for name in wave] == NAMES
