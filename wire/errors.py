@@ -108,6 +108,13 @@ class RequestTimeoutError(ForeshoreError):
     http_status = 408
 
 
+class AbortedError(ForeshoreError):
+    """Somebody ended the request before its answer."""
+
+    code = "aborted"
+    http_status = 499
+
+
 class InsufficientSpaceError(ForeshoreError):
     """Disk or memory does not suffice; details give `needed_bytes` and `free_bytes`."""
 

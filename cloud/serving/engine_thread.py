@@ -94,6 +94,13 @@ class EngineThread:
             del self._streams[request.request_id]
             self.post(lambda: _withdraw(self.engine, request))
 
+    def end(self, request_id: str, error: ForeshoreError) -> bool:
+        """Have whoever reads this request's events get `error` after those that have come; False if nobody does."""
+        events = self._streams.get(request_id)
+        if events is not None:
+            events.put_nowait(error)
+        return events is not None
+
     def _run(self) -> None:
         try:
             while not self._is_stopping:

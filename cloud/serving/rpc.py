@@ -15,6 +15,7 @@ import grpc
 
 from wire.engine_pb2_grpc import EngineStub
 from wire.errors import (
+    AbortedError,
     ConflictError,
     ForeshoreError,
     InvalidInputError,
@@ -47,6 +48,7 @@ _CODES: tuple[tuple[type[ForeshoreError], grpc.StatusCode], ...] = (
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (TimedOutError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (AbortedError, grpc.StatusCode.CANCELLED),
     (ConflictError, grpc.StatusCode.ALREADY_EXISTS),
     (NotAuthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
 )
@@ -55,6 +57,7 @@ _ERRORS: dict[grpc.StatusCode, type[ForeshoreError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: TimedOutError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.CANCELLED: AbortedError,
     grpc.StatusCode.ALREADY_EXISTS: ConflictError,
     grpc.StatusCode.UNAUTHENTICATED: NotAuthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: NotAllowedError,

@@ -24,13 +24,14 @@ from cloud.serving.request import Request, SamplingParams
 from cloud.serving.rpc import SERVER_OPTIONS, TokenInterceptor, abort, check_version
 from wire import engine_pb2 as pb
 from wire.engine_pb2_grpc import EngineServicer, add_EngineServicer_to_server
-from wire.errors import ConflictError, ForeshoreError, InvalidInputError, UnavailableError
+from wire.errors import AbortedError, ConflictError, ForeshoreError, InvalidInputError, UnavailableError
 
 ROLES = ("prefill", "decode", "both")
 MAX_REQUEST_ID_CHARS = 200
 MAX_SALT_BYTES = 64
 MAX_REPORTED_PREFIXES = 8192
 PREFIX_BYTES = 8
+_ABORTED = "aborted"  # why a task was cancelled
 _SNAPSHOT_AGE_S = 0.2
 
 
@@ -160,8 +161,8 @@ class EngineService(EngineServicer):
         except ForeshoreError as error:
             return await abort(context, error)
         task = self._running.get(message.request_id)
-        if task is not None:
-            task.cancel()
+        if task is not None and not self._engine.end(message.request_id, _aborted(message.request_id)):
+            task.cancel(_ABORTED)  # not in the engine yet: it fetches what another worker computed
         return pb.AbortReply(was_running=task is not None)
 
     async def _send_blocks(self, request: Request, message: Any) -> AsyncIterator[Any]:
@@ -302,7 +303,10 @@ class WorkerServer:
 
 
 class _registered:  # noqa: N801 - reads as a verb at its use
-    """While the block runs, the current task is known under the request's id."""
+    """While the block runs, the current task is known under the request's id.
+
+    A task that `Abort` cancelled leaves the block with `AbortedError`: a cancelled handler would answer nothing at all.
+    """
 
     def __init__(self, tasks: dict[str, asyncio.Task[Any]], request_id: str) -> None:
         self._tasks = tasks
@@ -313,8 +317,15 @@ class _registered:  # noqa: N801 - reads as a verb at its use
         assert task is not None
         self._tasks[self._request_id] = task
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._tasks.pop(self._request_id, None)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        task = self._tasks.pop(self._request_id)
+        if isinstance(error, asyncio.CancelledError) and error.args == (_ABORTED,):
+            task.uncancel()
+            raise _aborted(self._request_id) from None
+
+
+def _aborted(request_id: str) -> AbortedError:
+    return AbortedError(f"request {request_id!r} was aborted", remedy="send it again if it is wanted")
 
 
 def _unparker(scheduler: Any, request_id: str, block: int) -> Callable[[], None]:

@@ -147,7 +147,9 @@ def test_a_client_that_leaves_and_an_abort_free_every_block(model: Path) -> None
                 call.cancel()
             for index in (4, 5):
                 await stub.Abort(pb.AbortRequest(protocol_version=1, request_id=f"r{index}"), timeout=30)
-            await asyncio.gather(*calls, return_exceptions=True)
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+            codes = [error.code() for error in ended if isinstance(error, grpc.aio.AioRpcError)]
+            assert codes == [grpc.StatusCode.CANCELLED] * len(codes), "an aborted call is answered at once"
             await wait_until_idle(server)
             assert len((await stub.Embed(embed_request("after", [5]), timeout=60)).vector) == 48
 

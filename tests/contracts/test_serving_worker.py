@@ -52,6 +52,11 @@ async def collect(address: str, request: Any, token: str | None = None) -> tuple
     return tokens, started, reason
 
 
+async def read_all(answer: Any) -> None:
+    while await answer.read() is not grpc.aio.EOF:
+        pass
+
+
 async def num_free_blocks(server: WorkerServer) -> int:
     """Free blocks once everything that was posted before has run; also checks the books."""
 
@@ -170,6 +175,44 @@ def test_a_client_that_leaves_frees_every_block(model: Path) -> None:
                         break
                     await asyncio.sleep(0.05)
                 assert await num_free_blocks(server) == 128
+
+    asyncio.run(run())
+
+
+def test_an_aborted_answer_ends_with_a_status_and_frees_every_block(model: Path) -> None:
+    async def run() -> None:
+        async with running_worker(model, "both") as (address, server), grpc.aio.insecure_channel(address) as channel:
+            stub = engine_stub(channel)
+            answer = stub.Generate(generate_request("long", PROMPT, max_tokens=400))
+            assert (await answer.read()).HasField("started")
+            aborted = await stub.Abort(pb.AbortRequest(protocol_version=1, request_id="long"), timeout=30)
+            assert aborted.was_running
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await read_all(answer)
+            assert ended.value.code() is grpc.StatusCode.CANCELLED
+            unknown = await stub.Abort(pb.AbortRequest(protocol_version=1, request_id="nobody"), timeout=30)
+            assert not unknown.was_running
+            assert await num_free_blocks(server) == 128
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_waits_for_its_prefill_is_aborted_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stalled(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def run() -> None:
+        monkeypatch.setattr(worker_module.PrefillClient, "fetch", stalled)
+        async with running_worker(model, "decode") as (address, _), grpc.aio.insecure_channel(address) as channel:
+            stub = engine_stub(channel)
+            source = pb.PrefillSource(worker="p", address="127.0.0.1:9")
+            answer = stub.Generate(generate_request("early", PROMPT, prefill=source))
+            await asyncio.sleep(0.3)
+            aborted = await stub.Abort(pb.AbortRequest(protocol_version=1, request_id="early"), timeout=30)
+            assert aborted.was_running
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await answer.read()
+            assert ended.value.code() is grpc.StatusCode.CANCELLED
 
     asyncio.run(run())
 
