@@ -11,6 +11,7 @@ from tests.fakes.agent_plane import DEVICE, TENANT, Plane
 from wire import topics
 
 NUM_MESSAGES = 3000
+HELLO = b"hello"
 MAX_AHEAD = 500
 
 
@@ -34,12 +35,13 @@ async def _flood(plane: Plane, folder: Path) -> tuple[int, int]:
     ca_file.write_text(plane.authority.ca_pem)
     certificate, key = plane.authority.ensure_client(topics.mqtt_user(TENANT, DEVICE))
     endpoint = Endpoint("127.0.0.1", plane.broker.port, client_context(ca_file, certificate, key))
-    heard, states, is_done = [0], list[bool](), asyncio.Event()
+    heard, states, is_done, is_subscribed = [0], list[bool](), asyncio.Event(), asyncio.Event()
 
-    def receive(_topic: str, _payload: bytes, acknowledge: object) -> None:
+    def receive(_topic: str, payload: bytes, acknowledge: object) -> None:
         assert callable(acknowledge)
         acknowledge()
-        heard[0] += 1
+        is_subscribed.set()
+        heard[0] += payload != HELLO
         if heard[0] >= NUM_MESSAGES:
             is_done.set()
 
@@ -56,7 +58,9 @@ async def _flood(plane: Plane, folder: Path) -> tuple[int, int]:
     connection.subscribe(told)
     connection.start()
     async with asyncio.timeout(120):
-        await connection.ready.wait()
+        while not is_subscribed.is_set():  # connected is not yet subscribed, and what is told before is for nobody
+            plane.tell(told, HELLO)
+            await asyncio.sleep(0.05)
         for number in range(NUM_MESSAGES):
             plane.tell(told, b"x" * 300)
             connection.publish(topics.device(TENANT, DEVICE, "status"), b"x" * 300)
