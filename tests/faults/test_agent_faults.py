@@ -67,7 +67,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_small_disk_refuses_before_it_begins_and_keeps_both_slots(tmp_path: Path, disk: Path) -> None:
     run = SmallDiskRun(tmp_path, disk, seed=1)
     try:
-        figures = run.run(1000 if ALL else 8)
+        figures = run.run(1000 if ALL else 5)
     finally:
         run.close()
     assert figures.findings == []
