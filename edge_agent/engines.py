@@ -19,7 +19,7 @@ from edge_agent.cache_shares import share_cache
 from edge_agent.conduct import Conduct
 from edge_agent.runtimes.base import LanguageRuntime, TensorRuntime
 from edge_agent.state import Slot
-from edge_agent.thrift import give_back
+from edge_agent.thrift import trim
 from model_registry.manifest import Manifest
 from wire.errors import InsufficientSpaceError, NotFoundError, OverloadedError
 
@@ -223,4 +223,4 @@ class Engines:
 
 def _unload(engine: Engine) -> None:
     engine.runtime.close()
-    give_back()
+    trim()  # no collection: that would hold up the requests of the others

@@ -49,7 +49,7 @@ from edge_agent.state import (
     from_dict,
     step,
 )
-from edge_agent.thrift import give_back
+from edge_agent.thrift import trim
 from edge_agent.trial import try_out
 from edge_agent.verify import DeviceTrust, RefusedError, check_fresh, open_manifest, open_release
 from model_registry.manifest import Manifest, ReleaseArtefact
@@ -355,7 +355,7 @@ class Update:
         try:
             return load(manifest, files, self._device.profile)
         finally:
-            give_back()
+            trim()
 
     async def _restore(self, slot: Slot | None, *, is_careful: bool) -> None:
         """Let `slot` answer; a model that does not load is told to the state machine."""
